@@ -1,0 +1,909 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["nvidia-ml-py"]
+# ///
+# SPDX-License-Identifier: Apache-2.0
+"""Run a folder of scripts on all the GPUs of a box, one GPU per script.
+
+    mkdir to_run; cp train-*.sh to_run/; chmod +x to_run/*
+    fastgpu_poll
+
+takes the scripts of ./to_run in sorted order and runs each on a GPU that nobody uses, as many at once as there
+are such GPUs. A script that ended with status 0 lies in ./complete, any other in ./fail, and what it printed in
+./out. The same from Python:
+
+    import fastgpu
+    fastgpu.ResourcePoolGPU('.').poll_scripts()
+
+How it works, and why nothing is lost:
+
+- A script is in exactly one of to_run, running, complete and fail, and os.rename is all that ever moves it.
+- A run reserves its name by creating out/NAME.json with O_EXCL. So two pollers never take the same script, and a
+  name in running, complete, fail and out means one run, for ever: the second run of train.sh is train-1.sh.
+- That record, and a lock file per GPU, are locked with flock(2). The script inherits both locks, so they last as
+  long as it does, whatever becomes of the poller, and the kernel drops them when it ends, whatever ended it.
+- The script runs under one line of /bin/sh, in a session of its own, which writes the exit status to
+  out/NAME.exitcode even if the poller is dead by then.
+- A name in running whose record nobody locks has therefore ended: with an exit status it is filed in complete or
+  fail, without one it was cut off and goes back to to_run. Any poller of the host does that, again and again if
+  need be: there is no other state, in memory or on disk, that could be wrong.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import select
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+__version__ = '0.1.0'
+__all__ = ['FastgpuError', 'FixedWorkerPool', 'ResourcePoolBase', 'ResourcePoolGPU', 'find_next_script', 'main',
+           'safe_rename', 'setup_dirs']
+
+StrPath = Union[str, 'os.PathLike[str]']
+
+JUST_WRITTEN = 0.1  # seconds in which a file that was written to may still be being copied
+LOOK_AROUND = 1.0   # seconds between two looks at the runs of others
+OVERDUE = 3.0       # seconds after which whoever should have filed a script that ended is taken to be dead
+GRACE = 10.0        # seconds that a script has between TERM and KILL
+
+
+class FastgpuError(Exception):
+    """Wrong use, or a queue or GPUs that cannot be used; the text says what to do about it."""
+
+
+# --- Messages: lines on stderr, safe to print whatever a file is called ---------------------------------------------
+
+def log(text: str) -> None:
+    """Write `text` and the time of day to stderr. A terminal that is gone is no reason to stop working."""
+    try:
+        if sys.stderr:
+            print(time.strftime('%H:%M:%S'), text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def shown(text: object) -> str:
+    """Return `text` with everything escaped that could garble a terminal: control characters, invalid UTF-8."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def mv_command(source: Path, dest: Path) -> str:
+    """Return the shell command that moves `source` into the folder `dest`."""
+    return shown(f'mv {shlex.quote(str(source))} {shlex.quote(str(dest))}/')
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` as people read it: `8.1 s`, or `1:02:03` from a minute on."""
+    if seconds < 60:
+        return f'{max(0.0, seconds):.1f} s'
+    minutes, seconds = divmod(int(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
+
+
+def count(number: int, thing: str) -> str:
+    """Return `1 thing` or `2 things`."""
+    return f'{number} {thing}' + 's' * (number != 1)
+
+
+# --- Folders: the queue is five of them, and a script is a file in one ----------------------------------------------
+
+def setup_dirs(path: StrPath) -> list[Path]:
+    """Create the folder `path` and its to_run, running, complete, fail and out, where they are missing.
+
+    Returns those five, in that order. Raises OSError where one cannot be made. Their mode is 0755 less the umask:
+    whoever else can write to them can run code as you.
+    """
+    path = Path(path)
+    folders = [path / name for name in ('to_run', 'running', 'complete', 'fail', 'out')]
+    for folder in (path, *folders):
+        folder.mkdir(mode=0o755, exist_ok=True)
+    return folders
+
+
+def check_dirs(path: Path, folders: list[Path]) -> None:
+    """Raise FastgpuError, with the remedy, where a queue in `path` with these `folders` could not work or be safe."""
+    for folder in (path, *folders):
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise FastgpuError(f'{shown(folder)}: no permission to write there')
+    for folder in folders[:4]:
+        if folder.stat().st_dev != folders[0].stat().st_dev:
+            raise FastgpuError(f'{shown(folder)} is on another file system than {shown(folders[0])}: '
+                               'scripts could not be moved between them')
+    if os.statvfs(folders[1]).f_flag & os.ST_NOEXEC:
+        raise FastgpuError(f'{shown(folders[1])} is on a file system mounted noexec: no script can run from there')
+    for folder in (path, *folders[:2]):
+        mode = folder.stat().st_mode
+        if folder == path and mode & stat.S_ISVTX:
+            continue  # as in /tmp, others cannot rename what is ours: restricted deletion flag, chmod(1)
+        writers = [who for who, bit in (('g', stat.S_IWGRP), ('o', stat.S_IWOTH)) if mode & bit]
+        if writers:
+            raise FastgpuError(f'others can write to {shown(folder)} and would run their code as you; mend it with: '
+                               + shown(f'chmod {"".join(writers)}-w {shlex.quote(str(folder))}'))
+
+
+def condition(path: StrPath) -> str:
+    """Return what keeps the file `path` from being run: nothing (''), or the reason in a few words.
+
+    `ignored` is what is no script at all: a hidden name, a folder, a FIFO, a dangling link, a name that is gone.
+    """
+    if os.path.basename(path).startswith('.'):
+        return 'ignored'
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 'ignored'
+    if not stat.S_ISREG(status.st_mode):
+        return 'ignored'
+    if not os.access(path, os.X_OK):
+        return 'not executable'
+    # A time stamp in the future (a clock that was set back, a file server's clock) is not "just now".
+    if 0 <= time.time() - status.st_mtime < JUST_WRITTEN:
+        return 'just written'
+    return ''
+
+
+def conditions(folder: StrPath) -> Iterator[tuple[str, str]]:
+    """Yield the name and the `condition` of each file in `folder`, in sorted order."""
+    for name in sorted(os.listdir(folder)):
+        yield name, condition(os.path.join(folder, name))
+
+
+def find_next_script(p: StrPath) -> Path | None:
+    """Return the first script in the folder `p` that can run, in sorted order of the names, or None.
+
+    A script is a regular file, or a link to one, that is not hidden, is executable, and was not written to within
+    the last 0.1 s: someone may still be copying it. Raises OSError where `p` cannot be read.
+    """
+    return next((Path(p) / name for name, reason in conditions(p) if not reason), None)
+
+
+def numbered(name: str, n: int) -> str:
+    """Return the name of the n-th further run of the script `name`: `train.sh`, `train-1.sh`, `train-2.sh`."""
+    stem, suffix = os.path.splitext(name)
+    return f'{stem}-{n}{suffix}' if n else name
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename like os.rename, but raise FileExistsError where that would overwrite `target`.
+
+    One step with renameat2(2) and RENAME_NOREPLACE; where the C library, the kernel or the file system (NFS) has
+    no such call, a look and an os.rename.
+    """
+    import ctypes  # here, because it costs a start that needs none of it 5 ms
+    libc, cwd, noreplace = ctypes.CDLL(None, use_errno=True), -100, 1
+    if hasattr(libc, 'renameat2'):
+        if not libc.renameat2(cwd, os.fsencode(source), cwd, os.fsencode(target), noreplace):
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(source), None, str(target))
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)
+
+
+def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
+    """Move `file` into the folder `dest`, as `name` (default: its own); where that is taken, with a number in it.
+
+    Returns the new path. Nothing is ever overwritten. Raises OSError, FileNotFoundError if `file` is gone.
+    """
+    file, dest = Path(file), Path(dest)
+    for n in itertools.count():
+        target = dest / numbered(name or file.name, n)
+        try:
+            rename_new(file, target)
+            return target
+        except FileExistsError:
+            continue
+    raise AssertionError('unreachable')
+
+
+# --- Locks: flock(2) on a file, so that a child inherits the lock and the kernel drops it with the last holder ------
+
+def lock_fd(fd: int, path: StrPath) -> bool:
+    """Lock the open file `fd` if nobody holds it and `path` still leads to it. Raises OSError.
+
+    A file that was deleted meanwhile can be locked by us and its successor by somebody else: that is no lock.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def open_lock(path: StrPath) -> int:
+    """Open the lock file `path`, made where it is missing, in a folder in which others may plant files.
+
+    Raises OSError, with a reason for people, for anything that is not a lock file: a link, a FIFO.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        # Without O_CREAT where it exists: the kernel refuses that for the files of others in a sticky folder
+        # (fs.protected_regular in proc(5)).
+        try:
+            fd = os.open(path, flags)
+        except FileNotFoundError:
+            try:
+                fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                continue
+            os.fchmod(fd, 0o666)  # all users of the host share it, whatever the umask
+        status = os.fstat(fd)
+        # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
+        if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+            return fd
+        os.close(fd)
+        raise OSError(errno.EINVAL, 'is not a lock file', str(path))
+
+
+def take_lock(path: StrPath) -> int | None:
+    """Return a descriptor that holds the lock file `path`, or None where somebody else holds it. Raises OSError."""
+    while True:
+        fd = open_lock(path)
+        try:
+            if lock_fd(fd, path):
+                return fd
+            gone = not os.path.lexists(path)
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if not gone:
+            return None
+
+
+def read_note(path: StrPath) -> str:
+    """Return what the holder of the lock file `path` wrote there, for people only: anybody can write to it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, encoding='utf-8', errors='replace') as file:
+            return shown(file.read(200).strip())
+    except OSError:
+        return ''
+
+
+# --- Runs: what out/ says about one ---------------------------------------------------------------------------------
+
+# Outlives the poller and a TERM to the group, and writes the status of the words after its first to the file that is
+# its first. A trap that is set, unlike a signal that is ignored, is not inherited by what it runs.
+SHIM = 'x=$1; shift; trap : HUP INT TERM; "$@"; s=$?; printf %s $s >"$x"; exit $s'
+
+
+def write_all(fd: int, text: str) -> None:
+    """Make `text` the whole of the open file `fd`, in one write, so that a reader sees the old or the new."""
+    data = text.encode('utf-8', 'replace')
+    if os.pwrite(fd, data, 0) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(fd, len(data))
+
+
+def read_record(fd: int) -> dict[str, Any]:
+    """Return the record in the open file `fd`, {} where there is none: a power cut may have left it empty."""
+    try:
+        record = json.loads(os.pread(fd, 1 << 20, 0))
+        return {**record, 'script': os.path.basename(record['script']), 'started': float(record['started'])}
+    except (ValueError, TypeError, KeyError):
+        return {}
+
+
+class Run:
+    """A script that this poller has moved to running/ and not filed yet."""
+
+    def __init__(self, name: str, ids: Sequence[Any], fd: int, record: dict[str, Any]) -> None:
+        self.name, self.ids, self.fd, self.record = name, ids, fd, record
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pidfd: int | None = None
+
+
+def describe(code: int | None) -> str:
+    """Return what the exit status `code` of a shell says, in a few words."""
+    if code is None:
+        return 'cut off'
+    try:
+        return f'status {code}, {signal.Signals(code - 128).name}' if code > 128 else f'status {code}'
+    except ValueError:
+        return f'status {code}'
+
+
+def missing_interpreter(script: Path) -> str:
+    """Return a sentence if the first line of `script` names an interpreter that does not exist, else ''.
+
+    The shell says only that the script was not found, which it plainly was. Often it is a carriage return.
+    """
+    try:
+        with open(script, 'rb') as file:
+            words = file.readline(300).rstrip(b'\n')
+    except OSError:
+        return ''
+    interpreter = words[2:].strip(b' \t').split(b' ')[0]
+    if not words.startswith(b'#!') or os.path.exists(interpreter):
+        return ''
+    return f'its interpreter {os.fsdecode(interpreter)} does not exist'
+
+
+# --- Pools: who may run what, and the life of a script --------------------------------------------------------------
+
+class ResourcePoolBase:
+    """Runs the scripts of the queue in the folder `path`, each on one of the resources that `all_ids` names.
+
+    A resource of your own is a subclass with `all_ids`, and where it needs them `is_available` and `environment`.
+    Raises OSError or FastgpuError where there can be no queue in `path`.
+    """
+    kind = 'worker'  # what a resource is called in messages
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(os.path.abspath(path))
+        folders = setup_dirs(self.path)
+        check_dirs(self.path, folders)
+        self.to_run, self.running, self.complete, self.fail, self.out = folders
+        self.host = os.uname().nodename
+        self.completed: list[str] = []  # the runs that this pool filed, by name
+        self.failed: list[str] = []
+        self._name_max = os.pathconf(self.out, 'PC_NAME_MAX')
+        self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the descriptors that hold them
+        self._runs: dict[str, Run] = {}
+        self._cut_off: set[str] = set()  # runs whose shim was killed, and that have not been filed since
+        self._unfit: dict[str, str] = {}  # scripts in to_run that can never be claimed, and why
+        self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
+        self._said: dict[Hashable, str] = {}
+        self._poller = select.poll()
+        self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
+        self._signals: list[int] = []
+        self._kill_at: float | None = None
+
+    # Resources: what the original's users know, and override.
+
+    def all_ids(self) -> Iterable[Any]:
+        """Return the resources, in order of preference."""
+        raise NotImplementedError
+
+    def is_available(self, ident: Any) -> bool:
+        """Return whether `ident` can take a script, as far as this pool can tell without its lock.
+
+        A subclass adds its own test to `super().is_available(ident)`. Before a script starts it is asked with the lock
+        of `ident` already taken, so what it finds cannot be changed by another poller.
+        """
+        return ident not in self._locks
+
+    def environment(self, ident: Any) -> dict[str, str]:
+        """Return the variables that a script on `ident` gets in addition to those of the poller."""
+        return {'FASTGPU_ID': str(ident)}
+
+    def lock_path(self, ident: Any) -> Path:
+        """Return the lock file of `ident`: here in the queue, and one per host, since flock is."""
+        return self.path / f'.{self.host}-{ident}.lock'.replace('/', '_')
+
+    def lock(self, ident: Any) -> bool:
+        """Take the lock of `ident`; return whether we got it. It is ours until `unlock`, or until we end.
+
+        Where we did not, nobody is told why but by the log of `poll_scripts`.
+        """
+        return ident not in self._locks and self._try(ident, keep=True)
+
+    def unlock(self, ident: Any) -> None:
+        """Give the lock of `ident` back, also if a daemon that the script left behind still holds a copy of it."""
+        fd = self._locks.pop(ident, None)
+        if fd is not None:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    def find_next(self) -> Any:
+        """Return the first resource that is available and locked by nobody, or None."""
+        return next((i for i in self.all_ids() if i not in self._locks and self._try(i, self.is_available)), None)
+
+    def lock_next(self) -> Any:
+        """Lock the first resource that is available; return it, or None where there is none."""
+        return next((i for i in self.all_ids() if i not in self._locks and self._try(i, self.is_available, keep=True)),
+                    None)
+
+    def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
+        """Return whether `ident` could be locked and then passed `test`; `keep` the lock if so."""
+        path = self.lock_path(ident)
+        self._reasons.pop(ident, None)
+        try:
+            fd = take_lock(path)
+        except OSError as error:
+            self._reasons[ident] = f'unusable: {shown(path)}: {error.strerror}'
+            return False
+        if fd is None:
+            self._reasons[ident] = f'busy: {read_note(path) or "locked, " + shown(path)}'
+            return False
+        try:
+            good = test is None or bool(test(ident))
+        except BaseException:
+            os.close(fd)
+            raise
+        if good and keep:
+            self._locks[ident] = fd
+        else:
+            os.close(fd)
+        return good
+
+    # The life of a script, in order: claim, launch, settle.
+
+    def run(self, script: StrPath, *ids: Any) -> bool:
+        """Move `script` from to_run to running and start it on `ids` (mostly one), which are locked if they were not.
+
+        Returns at once: whether it started, or was no longer there. `poll_scripts` files it when it has ended.
+        Raises FastgpuError where the script can never run, OSError where the machine cannot start it now; it is in
+        to_run then.
+        """
+        run = None
+        try:
+            for ident in ids:
+                if ident not in self._locks and not self.lock(ident):
+                    raise FastgpuError(f'{self.kind} {ident} {self._reasons[ident]}')
+            run = self._claim(os.path.basename(script), ids)
+            if run:
+                self._launch(run)
+                log(f'{self._where(ids)}: start {shown(run.name)}')
+        finally:
+            if not (run and run.process):
+                for ident in ids:
+                    self.unlock(ident)
+        return run is not None
+
+    def _claim(self, script: str, ids: Sequence[Any]) -> Run | None:
+        """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone."""
+        for n in itertools.count():
+            name = numbered(script, n)
+            if len(os.fsencode(name + '.exitcode')) > self._name_max:
+                raise FastgpuError(f'its name is too long, by {len(os.fsencode(name)) + 9 - self._name_max} bytes')
+            if any(map(os.path.lexists, self._traces(name))):
+                continue
+            record_path = self._out(name, 'json')
+            try:
+                fd = os.open(record_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                continue
+            # From here on, a name in running/ whose record is not locked has no owner.
+            if lock_fd(fd, record_path):
+                break
+            os.close(fd)  # another poller just took it for the record of a crashed one
+        record = {'script': script, 'host': self.host, 'ids': ids, 'started': round(time.time(), 3)}
+        try:
+            write_all(fd, json.dumps(record, default=str))
+            os.rename(self.to_run / script, self.running / name)
+        except OSError as error:
+            # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
+            if not os.path.lexists(self.running / name):
+                os.unlink(record_path)
+                os.close(fd)
+                if isinstance(error, FileNotFoundError) and not os.path.lexists(self.to_run / script):
+                    return None
+                raise
+        return Run(name, ids, fd, record)
+
+    def _launch(self, run: Run) -> None:
+        """Start a claimed run. Where that fails, raise OSError with the script back in to_run and no traces left."""
+        files: list[int] = []
+        try:
+            for kind in ('stdout', 'stderr'):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+                files.append(os.open(self._out(run.name, kind), flags, 0o666))
+            command = ['/bin/sh', '-c', SHIM, 'fastgpu', str(self._out(run.name, 'exitcode')),
+                       str(self.running / run.name)]
+            run.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
+                pass_fds=(run.fd, *(self._locks[ident] for ident in run.ids)),
+                env={**os.environ, **self.environment(run.ids[0])})
+        except OSError:
+            for kind in ('stdout', 'stderr')[:len(files)]:
+                os.unlink(self._out(run.name, kind))
+            self._unclaim(run.name, run.record['script'])
+            os.close(run.fd)
+            raise
+        finally:
+            for fd in files:
+                os.close(fd)
+        self._runs[run.name] = run
+        run.record['pid'] = run.process.pid
+        with contextlib.suppress(OSError):  # a full disk: nothing but a message depends on these two
+            write_all(run.fd, json.dumps(run.record, default=str))
+            for ident in run.ids:
+                write_all(self._locks[ident], shown(
+                    f'runs {run.name} of user {os.getuid()} (pid {run.process.pid}, {self.path})'))
+        with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
+            run.pidfd = os.pidfd_open(run.process.pid)
+            self._poller.register(run.pidfd, select.POLLIN)
+
+    def _unclaim(self, name: str, script: str) -> None:
+        """Undo the claim of a run that was never launched, so that nothing of it is left."""
+        safe_rename(self.running / name, self.to_run, script)
+        os.unlink(self._out(name, 'json'))
+
+    def _settle(self, name: str, fd: int) -> None:
+        """File the run `name`, which has ended and whose record `fd` we hold, by what it left in out/.
+
+        Each step can be repeated: a crash between two leaves what the next settle completes. Raises OSError.
+        """
+        record = read_record(fd)
+        script = record.get('script', name)
+        where = self._where(record.get('ids', '?'))
+        if not os.path.lexists(self._out(name, 'stdout')):
+            self._unclaim(name, script)
+            log(f'{where}: back to to_run {shown(name)} (was not started)')
+            return
+        code, finished = self._exit_code(name)
+        if 'finished' not in record:
+            record.update(finished=round(finished, 3), exitcode=code)
+            write_all(fd, json.dumps(record))
+        what = f'{shown(name)} ({describe(code)}, {duration(finished - record.get("started", finished))})'
+        try:
+            if code is None or (code and record.get('stopped')):
+                path = safe_rename(self.running / name, self.to_run, script)
+                log(f'{where}: back to to_run {what}' + (f' as {shown(path.name)}' if path.name != name else ''))
+            elif code:
+                path = safe_rename(self.running / name, self.fail)
+                self.failed.append(name)
+                reason = missing_interpreter(path) if code == 127 else ''
+                log(f'{where}: fail {what}: {shown(reason or self._out(name, "stderr"))}')
+            else:
+                safe_rename(self.running / name, self.complete)
+                self.completed.append(name)
+                log(f'{where}: complete {what}')
+        except FileNotFoundError:
+            log(f'{where}: ended {what}; it is not in {shown(self.running)} any more, and stays where it was put')
+
+    def _where(self, ids: Iterable[Any]) -> str:
+        """Return where a run runs, for the log: `gpu 0`."""
+        return shown(f'{self.kind} {",".join(map(str, ids))}')
+
+    def _out(self, name: str, kind: str) -> Path:
+        """Return the file of that `kind` in out/ of the run `name`."""
+        return self.out / f'{name}.{kind}'
+
+    def _traces(self, name: str) -> list[Path]:
+        """Return all the places that show that there was a run `name`, but for its record."""
+        return [self.running / name, self.complete / name, self.fail / name,
+                *(self._out(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))]
+
+    def _exit_code(self, name: str) -> tuple[int | None, float]:
+        """Return the exit status of the run `name` and the time it ended, or None and now.
+
+        An empty file is none: the shim makes the file and then writes to it.
+        """
+        try:
+            with open(self._out(name, 'exitcode')) as file:
+                return int(file.read(8)), os.fstat(file.fileno()).st_mtime
+        except (FileNotFoundError, ValueError):
+            return None, time.time()
+
+    # Polling.
+
+    def poll_scripts(self, poll_interval: float = 0.1, exit_when_empty: bool = True) -> int:
+        """Run the scripts of to_run, each on a resource of its own, and file them when they have ended.
+
+        Looks every `poll_interval` seconds, and at the moment a script ends. With `exit_when_empty` it returns when
+        nothing is left to run and nothing of this queue runs on this host; else it goes on until it is stopped by
+        `interrupt`. What runs at an exception goes on, and is filed by the next call or the next poller.
+
+        Returns 0 if all ended well, 1 if a script failed or was left in to_run, 128+N if it was stopped by signal N.
+        Raises OSError where the queue cannot be read.
+        """
+        began = time.monotonic()
+        self._remove_strays()
+        elsewhere = 0
+        while True:
+            self._collect()
+            look = time.monotonic() >= self._look_at
+            if look:
+                self._look_at = time.monotonic() + LOOK_AROUND
+                elsewhere = self._settle_others()
+            if self._signals:
+                if self._stop():
+                    break
+            elif not self._start() and not self._runs and not elsewhere and exit_when_empty:
+                if look:
+                    break
+                self._look_at = 0.0  # leave only after a look around, which may requeue something
+                continue
+            self._poller.poll(poll_interval * 1000)
+        return self._sum_up(time.monotonic() - began)
+
+    def interrupt(self, signum: int) -> None:
+        """Stop `poll_scripts`; made to be called by a signal handler.
+
+        SIGINT once: start nothing more, wait for what runs. A second time, or any other signal: TERM to the process
+        group of each script, KILL after 10 s; what does not end well goes back to to_run.
+        """
+        self._signals.append(signum)
+
+    def _start(self) -> bool:
+        """Start what can be started; return whether something is left that waits for a resource or for a moment."""
+        waiting = False
+        while time.monotonic() >= self._start_at:
+            for name, reason in conditions(self.to_run):
+                reason = reason or self._unfit.get(name, '')
+                if not reason:
+                    break
+                if reason == 'just written':
+                    waiting = True
+                elif reason != 'ignored':
+                    self._say(name, f'{shown(self.to_run / name)} waits: ' + (
+                        'it is not executable (chmod +x)' if reason == 'not executable' else reason))
+            else:
+                return waiting
+            ident = self.lock_next()
+            if ident is None:
+                for ident in self.all_ids():
+                    if ident not in self._locks:
+                        reason = self._reasons.get(ident, 'not available')
+                        self._say((self.kind, ident), f'{self._where([ident])} {reason}')
+                return True
+            self._said.pop((self.kind, ident), None)
+            try:
+                self.run(name, ident)
+            except FastgpuError as error:
+                self._unfit[name] = str(error)
+            except OSError as error:
+                self._say('start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
+                self._start_at = time.monotonic() + LOOK_AROUND
+        return True
+
+    def _collect(self) -> None:
+        """Settle those of our runs that have ended."""
+        for run in list(self._runs.values()):
+            assert run.process
+            code = run.process.poll()
+            if code is None:
+                continue
+            if run.pidfd is not None:
+                self._poller.unregister(run.pidfd)
+                os.close(run.pidfd)
+                run.pidfd = None
+            if code >= 0:
+                try:
+                    if self._exit_code(run.name)[0] is None:
+                        self._out(run.name, 'exitcode').write_text(str(code))  # the shim had no room on the disk
+                    self._settle(run.name, run.fd)
+                except OSError as error:
+                    self._say(run.name, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
+                    continue
+                finally:
+                    for ident in run.ids:
+                        self.unlock(ident)
+                    run.ids = ()  # from here on they may be another run's
+            else:
+                # Killed before it could write. The script may have survived that, and then holds its locks on: leave
+                # them to the kernel, and the run to `_settle_others`.
+                for ident in run.ids:
+                    os.close(self._locks.pop(ident))
+                self._cut_off.add(run.name)
+                self._look_at = 0.0
+            del self._runs[run.name]
+            os.close(run.fd)
+
+    def _settle_others(self) -> int:
+        """File the runs in running/ that have ended and have no poller; return how many others run on this host."""
+        elsewhere = 0
+        cut_off, self._cut_off = self._cut_off, set()
+        for name in sorted(os.listdir(self.running)):
+            if name in self._runs or name.startswith('.'):
+                continue
+            path = self._out(name, 'json')
+            requeue = mv_command(self.running / name, self.to_run)
+            try:
+                fd = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
+                continue
+            try:
+                record = read_record(fd)
+                # Power that fails can leave an empty record. It is taken for ours when it is old enough for its owner
+                # to have written it, were there one.
+                host = record.get('host', self.host if time.time() - os.fstat(fd).st_mtime > 60 else None)
+                if host != self.host:
+                    self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
+                    continue
+                code, finished = self._exit_code(name)
+                overdue = code is not None and time.time() - finished > OVERDUE
+                if lock_fd(fd, path) or overdue:
+                    if os.path.lexists(self.running / name):
+                        self._settle(name, fd)
+                else:
+                    self._say(name, f'{shown(name)} was started by another poller and still runs')
+                    elsewhere += 1
+                    self._cut_off |= cut_off & {name}
+            finally:
+                os.close(fd)
+        return elsewhere
+
+    def _remove_strays(self) -> None:
+        """Remove the records of runs that never were: their poller died between the record and the rename."""
+        names = set(os.listdir(self.out))
+        for record in sorted(names):
+            name, suffix = os.path.splitext(record)
+            if suffix != '.json' or name + '.stdout' in names or os.path.lexists(self.running / name):
+                continue
+            try:
+                fd = os.open(self.out / record, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            unfinished = lock_fd(fd, self.out / record) and 'finished' not in read_record(fd)
+            if unfinished and not any(map(os.path.lexists, self._traces(name))):
+                os.unlink(self.out / record)
+            os.close(fd)
+
+    def _stop(self) -> bool:
+        """Do what the signals so far ask for; return whether it is done."""
+        running = count(len(self._runs), 'running script')
+        if self._signals == [signal.SIGINT]:
+            self._say('stop', f'interrupted: no new scripts; waiting for {running} (Ctrl-C again stops at once)')
+            return not self._runs
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + GRACE
+            log(f'stopping: TERM to {running}, KILL after {GRACE:.0f} s; what did not end well goes back to to_run')
+            for run in self._runs.values():
+                run.record['stopped'] = True  # on disk first: whoever files it then knows
+                with contextlib.suppress(OSError):
+                    write_all(run.fd, json.dumps(run.record, default=str))
+                self._signal(run, signal.SIGTERM)
+        elif time.monotonic() >= self._kill_at:
+            for run in self._runs.values():
+                self._signal(run, signal.SIGKILL)
+        self._look_at = 0.0 if self._cut_off else self._look_at
+        return not self._runs and (not self._cut_off or time.monotonic() > self._kill_at + GRACE)
+
+    def _signal(self, run: Run, signum: int) -> None:
+        """Send a signal to the process group of a run that `_collect` has not reaped, so that its pid is still its."""
+        assert run.process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signum)
+
+    def _say(self, about: Hashable, text: str) -> None:
+        """Log `text` unless it is what was last said about this."""
+        if self._said.get(about) != text:
+            self._said[about] = text
+            log(text)
+
+    def _sum_up(self, seconds: float) -> int:
+        """Log what was done and what was left; return the exit status."""
+        left = {name: reason for name, reason in conditions(self.to_run) if reason != 'ignored'}
+        log(f'{count(len(self.completed) + len(self.failed), "script")} in {duration(seconds)}: '
+            f'{len(self.completed)} complete, {len(self.failed)} fail' + f', {len(left)} left in to_run' * bool(left))
+        if self._signals:
+            return 128 + self._signals[-1]
+        for name, reason in left.items():
+            log(f'left in to_run: {shown(name)} ({reason or self._unfit.get(name, "new")})')
+        return 1 if self.failed or left else 0
+
+
+class FixedWorkerPool(ResourcePoolBase):
+    """Runs scripts on a fixed list of slots, `worker_ids`; two pollers of a queue on one host share them."""
+
+    def __init__(self, worker_ids: Iterable[Any], path: StrPath) -> None:
+        super().__init__(path)
+        self.worker_ids = list(worker_ids)
+
+    def all_ids(self) -> list[Any]:
+        """Return the slots."""
+        return self.worker_ids
+
+
+# --- GPUs: those that NVML shows, and which of them nobody uses -----------------------------------------------------
+
+class ResourcePoolGPU(ResourcePoolBase):
+    """Runs scripts on the GPUs of this host, or on those of them that CUDA_VISIBLE_DEVICES lists.
+
+    A GPU is free while nobody locks it, no compute process is on it, and at most `max_used` MiB of its memory are
+    in use. Raises FastgpuError where there are no GPUs.
+    """
+    kind = 'gpu'
+
+    def __init__(self, path: StrPath, max_used: float = 1024) -> None:
+        try:
+            import pynvml  # here, because a pool of another kind needs none
+        except ImportError:
+            raise FastgpuError('nvidia-ml-py is not installed (pip install nvidia-ml-py); '
+                               'use --workers N to run without GPUs') from None
+        self._nvml: Any = pynvml
+        try:
+            pynvml.nvmlInit()
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+        except pynvml.NVMLError as error:
+            raise FastgpuError(f'no NVIDIA driver found ({error}); use --workers N to run without GPUs') from None
+        listed = os.environ.get('CUDA_VISIBLE_DEVICES')
+        try:
+            ids = range(len(handles)) if listed is None else [int(number) for number in listed.split(',')]
+            self._gpus = {ident: (handles[ident], uuids[ident]) for ident in ids}
+        except (ValueError, IndexError):
+            raise FastgpuError(f'CUDA_VISIBLE_DEVICES={shown(listed)} is no list of GPUs: this host has '
+                               f'{count(len(handles), "GPU")}, numbered from 0') from None
+        super().__init__(path)  # not before it is clear that there are GPUs: it makes folders
+        self.max_used = max_used
+
+    def all_ids(self) -> list[int]:
+        """Return the numbers of the GPUs, in NVML's order or in that of CUDA_VISIBLE_DEVICES."""
+        return list(self._gpus)
+
+    def lock_path(self, ident: int) -> Path:
+        """Return the lock file of a GPU, which all users of the host share."""
+        return Path(os.environ.get('FASTGPU_LOCK_DIR') or '/tmp', f'fastgpu-{self._gpus[ident][1]}.lock')
+
+    def environment(self, ident: int) -> dict[str, str]:
+        """Return FASTGPU_ID and what makes CUDA see this GPU alone, counted as NVML counts."""
+        return {**super().environment(ident), 'CUDA_VISIBLE_DEVICES': str(ident), 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
+
+    def is_available(self, ident: int) -> bool:
+        """Return whether the GPU is free."""
+        if not super().is_available(ident):
+            return False
+        handle = self._gpus[ident][0]
+        try:
+            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+            used = self._nvml.nvmlDeviceGetMemoryInfo(handle, version=self._nvml.nvmlMemory_v2).used / 2**20
+        except self._nvml.NVMLError as error:
+            self._reasons[ident] = f'unusable: {error}'
+            return False
+        if processes:
+            self._reasons[ident] = 'busy: used by pid ' + ', '.join(str(process.pid) for process in processes)
+        elif used > self.max_used:
+            self._reasons[ident] = f'busy: {used:.0f} MiB in use'
+        return ident not in self._reasons
+
+
+# --- Command --------------------------------------------------------------------------------------------------------
+
+def positive(text: str) -> int:
+    """Return the positive whole number in `text`; raise ValueError for anything else (see argparse)."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is less than 1')
+    return number
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command with `args` (default: those of the process) and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='fastgpu_poll', description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.')
+    parser.add_argument('--path', default='.', help='Path containing `to_run` directory (default: current directory)')
+    parser.add_argument('--exit', type=int, default=1, choices=(0, 1), metavar='EXIT',
+                        help='Exit when `to_run` is empty (default: 1)')
+    parser.add_argument('--workers', type=positive, metavar='N', help='use N plain slots instead of GPUs')
+    parser.add_argument('--version', action='version', version=f'fastgpu {__version__}')
+    options = parser.parse_args(args)
+    try:
+        pool: ResourcePoolBase = (FixedWorkerPool(range(options.workers), options.path) if options.workers
+                                  else ResourcePoolGPU(options.path))
+    except (FastgpuError, OSError) as error:
+        print(f'fastgpu_poll: {explain(error)}', file=sys.stderr)
+        return 2
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as of a job that a shell has put into the background
+            signal.signal(signum, lambda signum, frame: pool.interrupt(signum))
+    try:
+        return pool.poll_scripts(exit_when_empty=bool(options.exit))
+    except OSError as error:
+        print(f'fastgpu_poll: {explain(error)}; what runs goes on, and the next fastgpu_poll files it', file=sys.stderr)
+        return 1
+
+
+def explain(error: Exception) -> str:
+    """Return what an error says, for people: an OSError as `file: reason`."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return shown(f'{os.fsdecode(error.filename)}: {error.strerror}')
+    return shown(error)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
