@@ -183,14 +183,18 @@ def rename_new(source: Path, target: Path) -> None:
     One step with renameat2(2) and RENAME_NOREPLACE; where the C library, the kernel or the file system (NFS) has
     no such call, a look and an os.rename.
     """
-    import ctypes  # here, because it costs a start that needs none of it 5 ms
-    libc, cwd, noreplace = ctypes.CDLL(None, use_errno=True), -100, 1
-    if hasattr(libc, 'renameat2'):
-        if not libc.renameat2(cwd, os.fsencode(source), cwd, os.fsencode(target), noreplace):
+    try:
+        import ctypes  # here, because it costs a start that needs none of it 5 ms
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (ImportError, OSError, AttributeError):
+        code = errno.ENOSYS
+    else:
+        cwd, noreplace = -100, 1
+        if not renameat2(cwd, os.fsencode(source), cwd, os.fsencode(target), noreplace):
             return
         code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code), str(source), None, str(target))
+    if code not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(source, target)
@@ -402,6 +406,8 @@ class ResourcePoolBase:
         """Give the lock of `ident` back, also if a daemon that the script left behind still holds a copy of it."""
         fd = self._locks.pop(ident, None)
         if fd is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)  # what it says of us is no longer so
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
@@ -506,10 +512,12 @@ class ResourcePoolBase:
                 pass_fds=(run.fd, *(self._locks[ident] for ident in run.ids)),
                 env={**os.environ, **self.environment(run.ids[0])})
         except OSError:
-            for kind in ('stdout', 'stderr')[:len(files)]:
-                os.unlink(self._out(run.name, kind))
-            self._unclaim(run.name, run.record['script'])
-            os.close(run.fd)
+            try:
+                for kind in ('stdout', 'stderr')[:len(files)]:
+                    os.unlink(self._out(run.name, kind))
+                self._unclaim(run.name, run.record['script'])
+            finally:
+                os.close(run.fd)  # what could not be undone is for `_settle_others`
             raise
         finally:
             for fd in files:
@@ -530,24 +538,29 @@ class ResourcePoolBase:
         safe_rename(self.running / name, self.to_run, script)
         os.unlink(self._out(name, 'json'))
 
-    def _settle(self, name: str, fd: int) -> None:
+    def _settle(self, name: str, fd: int, status: int | None = None) -> bool:
         """File the run `name`, which has ended and whose record `fd` we hold, by what it left in out/.
 
-        Each step can be repeated: a crash between two leaves what the next settle completes. Raises OSError.
+        Each step can be repeated: a crash between two leaves what the next settle completes. `status` is what its
+        shim exited with, which counts where the shim could not write it down. Returns whether the run is filed; where
+        it is not (a full disk), says why, once, and is to be called again.
         """
-        record = read_record(fd)
-        script = record.get('script', name)
-        where = self._where(record.get('ids', '?'))
-        if not os.path.lexists(self._out(name, 'stdout')):
-            self._unclaim(name, script)
-            log(f'{where}: back to to_run {shown(name)} (was not started)')
-            return
-        code, finished = self._exit_code(name)
-        if 'finished' not in record:
-            record.update(finished=round(finished, 3), exitcode=code)
-            write_all(fd, json.dumps(record))
-        what = f'{shown(name)} ({describe(code)}, {duration(finished - record.get("started", finished))})'
         try:
+            record = read_record(fd)
+            where = self._where(record.get('ids', '?'))
+            script = record.get('script', name)
+            if 'pid' not in record and not os.path.lexists(self._out(name, 'stdout')):
+                self._unclaim(name, script)
+                log(f'{where}: back to to_run {shown(name)} (was not started)')
+                return True
+            code, finished = self._exit_code(name)
+            if code is None and status is not None:
+                self._out(name, 'exitcode').write_text(str(status))
+                code = status
+            if 'finished' not in record:
+                record.update(finished=round(finished, 3), exitcode=code)
+                write_all(fd, json.dumps(record))
+            what = f'{shown(name)} ({describe(code)}, {duration(finished - record.get("started", finished))})'
             if code is None or (code and record.get('stopped')):
                 path = safe_rename(self.running / name, self.to_run, script)
                 log(f'{where}: back to to_run {what}' + (f' as {shown(path.name)}' if path.name != name else ''))
@@ -561,7 +574,13 @@ class ResourcePoolBase:
                 self.completed.append(name)
                 log(f'{where}: complete {what}')
         except FileNotFoundError:
-            log(f'{where}: ended {what}; it is not in {shown(self.running)} any more, and stays where it was put')
+            if os.path.lexists(self.running / name):
+                raise
+            log(f'{shown(name)} has ended; it is not in {shown(self.running)} any more, and stays where it was put')
+        except OSError as error:
+            self._say(name, f'cannot file {shown(name)} now: {explain(error)}; trying again')
+            return False
+        return True
 
     def _where(self, ids: Iterable[Any]) -> str:
         """Return where a run runs, for the log: `gpu 0`."""
@@ -575,6 +594,14 @@ class ResourcePoolBase:
         """Return all the places that show that there was a run `name`, but for its record."""
         return [self.running / name, self.complete / name, self.fail / name,
                 *(self._out(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))]
+
+    def _host(self, fd: int) -> str:
+        """Return the host of the run whose record is open in `fd`, or '' while that may still be on its way here.
+
+        A record stays empty where its poller, or the power, died between two system calls. After a minute (file
+        servers and caches take at most half of one) it is taken for such a one, and for ours.
+        """
+        return str(read_record(fd).get('host') or (self.host if time.time() - os.fstat(fd).st_mtime > 60 else ''))
 
     def _exit_code(self, name: str) -> tuple[int | None, float]:
         """Return the exit status of the run `name` and the time it ended, or None and now.
@@ -671,17 +698,12 @@ class ResourcePoolBase:
                 os.close(run.pidfd)
                 run.pidfd = None
             if code >= 0:
-                try:
-                    if self._exit_code(run.name)[0] is None:
-                        self._out(run.name, 'exitcode').write_text(str(code))  # the shim had no room on the disk
-                    self._settle(run.name, run.fd)
-                except OSError as error:
-                    self._say(run.name, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
+                filed = self._settle(run.name, run.fd, code)
+                for ident in run.ids:
+                    self.unlock(ident)
+                run.ids = ()  # from here on they may be another run's
+                if not filed:
                     continue
-                finally:
-                    for ident in run.ids:
-                        self.unlock(ident)
-                    run.ids = ()  # from here on they may be another run's
             else:
                 # Killed before it could write. The script may have survived that, and then holds its locks on: leave
                 # them to the kernel, and the run to `_settle_others`.
@@ -707,18 +729,16 @@ class ResourcePoolBase:
                 self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
                 continue
             try:
-                record = read_record(fd)
-                # Power that fails can leave an empty record. It is taken for ours when it is old enough for its owner
-                # to have written it, were there one.
-                host = record.get('host', self.host if time.time() - os.fstat(fd).st_mtime > 60 else None)
+                host = self._host(fd)
                 if host != self.host:
-                    self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
+                    if host:
+                        self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
                     continue
                 code, finished = self._exit_code(name)
                 overdue = code is not None and time.time() - finished > OVERDUE
                 if lock_fd(fd, path) or overdue:
-                    if os.path.lexists(self.running / name):
-                        self._settle(name, fd)
+                    if os.path.lexists(self.running / name) and not self._settle(name, fd):
+                        elsewhere += 1
                 else:
                     self._say(name, f'{shown(name)} was started by another poller and still runs')
                     elsewhere += 1
@@ -738,8 +758,8 @@ class ResourcePoolBase:
                 fd = os.open(self.out / record, os.O_RDWR)
             except FileNotFoundError:
                 continue
-            unfinished = lock_fd(fd, self.out / record) and 'finished' not in read_record(fd)
-            if unfinished and not any(map(os.path.lexists, self._traces(name))):
+            ours = self._host(fd) == self.host and lock_fd(fd, self.out / record)
+            if ours and 'finished' not in read_record(fd) and not any(map(os.path.lexists, self._traces(name))):
                 os.unlink(self.out / record)
             os.close(fd)
 
@@ -888,6 +908,7 @@ def main(args: list[str] | None = None) -> int:
     except (FastgpuError, OSError) as error:
         print(f'fastgpu_poll: {explain(error)}', file=sys.stderr)
         return 2
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, if our parent did, it would hide how the shims end
     for signum in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(signum) != signal.SIG_IGN:  # as of a job that a shell has put into the background
             signal.signal(signum, lambda signum, frame: pool.interrupt(signum))

@@ -1,0 +1,1154 @@
+"""Tests of fastgpu, in the order of its sections. Real processes, locks, signals and folders; GPUs are those of the
+real nvidia-ml-py on a fake driver library, and real ones under the marker `gpu`."""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import fastgpu
+from fastgpu import FastgpuError, FixedWorkerPool, ResourcePoolBase, ResourcePoolGPU, find_next_script, safe_rename
+
+MODULE = Path(fastgpu.__file__)
+FOLDERS = 'to_run', 'running', 'complete', 'fail'
+
+
+# --- Help for the tests: a queue, its pollers, and waiting for something ---------------------------------------------
+
+def until(condition, what='it', seconds=30):
+    """Wait until `condition()` is true, and return what it returned."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f'waited {seconds} s for {what} in vain'
+        time.sleep(0.01)
+
+
+class Queue:
+    """A folder to poll, the pollers that were started on it, and gates that hold its scripts until they are opened."""
+
+    def __init__(self, path):
+        self.path = path
+        self.pollers = []
+        fastgpu.setup_dirs(path)
+
+    def add(self, name, body='', mode=0o755, head='#!/bin/sh\n'):
+        """Submit a script, written long enough ago to start at once."""
+        script = self.path / 'to_run' / name
+        script.write_text(head + body + '\n')
+        os.utime(script, (1, 1))
+        script.chmod(mode)
+        return script
+
+    def gate(self, name='gate'):
+        """Return shell words that wait until `open_gate` is called."""
+        return f'while [ ! -e {self.path / name} ]; do sleep 0.01; done; '
+
+    def open_gate(self, name='gate'):
+        (self.path / name).touch()
+
+    def start(self, *args, command=(sys.executable, str(MODULE)), **kwargs):
+        """Start a poller in the background."""
+        args = args or ('--workers', '2')
+        number = len(self.pollers)
+        with open(self.path / f'poller-{number}.log', 'w') as err:
+            poller = subprocess.Popen([*command, '--path', str(self.path), *args], stderr=err, stdout=err,
+                                      stdin=subprocess.DEVNULL, **kwargs)
+        poller.log = lambda: (self.path / f'poller-{number}.log').read_text(errors='surrogateescape')
+        self.pollers.append(poller)
+        return poller
+
+    def poll(self, *args, **kwargs):
+        """Run a poller to its end; return its exit status and what it said."""
+        poller = self.start(*args, **kwargs)
+        status = poller.wait(60)
+        assert 'Traceback' not in poller.log()
+        return status, poller.log()
+
+    def names(self, folder):
+        return sorted(os.listdir(self.path / folder))
+
+    def all(self):
+        """Return {name: folder} of all scripts; no name is in two folders."""
+        names = [(name, folder) for folder in FOLDERS for name in self.names(folder)]
+        assert len(dict(names)) == len(names)
+        return dict(names)
+
+    def out(self, name):
+        return (self.path / 'out' / name).read_text()
+
+    def has_out(self, name):
+        return (self.path / 'out' / name).exists() and self.out(name)
+
+    def record(self, name):
+        return json.loads(self.out(f'{name}.json'))
+
+
+@pytest.fixture
+def queue(tmp_path):
+    queue = Queue(tmp_path / 'q')
+    yield queue
+    queue.open_gate()
+    for poller in queue.pollers:
+        poller.kill()
+        poller.wait()
+    # What a test left running is ours to end: the sessions that the records name and still lock.
+    for path in (tmp_path / 'q' / 'out').glob('*.json'):
+        with open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid = json.load(file).get('pid')
+                if pid:
+                    os.killpg(pid, signal.SIGKILL)
+
+
+# --- Messages -------------------------------------------------------------------------------------------------------
+
+def test_what_is_shown_cannot_garble_a_terminal():
+    assert fastgpu.shown('naïve 名 x.sh') == 'naïve 名 x.sh'
+    assert fastgpu.shown('a\nb\x1b[31m\x7f') == r'a\nb\x1b[31m\x7f'
+    assert fastgpu.shown(os.fsdecode(b'\xff\xfe')) == r'\udcff\udcfe'
+    assert fastgpu.shown('\u202egnp.sh') == r'\u202egnp.sh'
+
+
+@pytest.mark.parametrize(('seconds', 'text'), [(0.04, '0.0 s'), (-1, '0.0 s'), (59.9, '59.9 s'), (61, '0:01:01'),
+                                               (86400 * 7 + 1, '168:00:01')])
+def test_duration(seconds, text):
+    assert fastgpu.duration(seconds) == text
+
+
+def test_a_log_that_nobody_reads_stops_nothing(queue):
+    queue.add('a.sh')
+    read, write = os.pipe()
+    os.close(read)
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1'], stderr=write)
+    os.close(write)
+    assert poller.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+# --- Folders --------------------------------------------------------------------------------------------------------
+
+def test_setup_dirs_makes_the_five_folders_for_us_alone_to_write(tmp_path):
+    old = os.umask(0)
+    try:
+        folders = fastgpu.setup_dirs(tmp_path / 'q')
+    finally:
+        os.umask(old)
+    assert [folder.name for folder in folders] == ['to_run', 'running', 'complete', 'fail', 'out']
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o755}
+    assert fastgpu.setup_dirs(str(tmp_path / 'q')) == folders
+
+
+def test_find_next_script_is_the_first_executable_file_or_link(queue):
+    to_run = queue.path / 'to_run'
+    assert find_next_script(to_run) is None
+    (to_run / 'a-folder').mkdir()
+    os.mkfifo(to_run / 'b-fifo', 0o755)
+    (to_run / 'c-dangling').symlink_to('nowhere')
+    queue.add('.hidden')
+    queue.add('d-no-x.sh', mode=0o644)
+    assert find_next_script(to_run) is None
+    last = queue.add('z.sh')
+    assert find_next_script(to_run) == last
+    (to_run / 'e-link').symlink_to(last)
+    assert find_next_script(to_run) == to_run / 'e-link'
+    assert find_next_script(str(to_run)) == to_run / 'e-link'
+
+
+def test_a_script_just_written_is_not_taken_yet(queue):
+    script = queue.add('a.sh')
+    os.utime(script)
+    if time.time() - script.stat().st_mtime < 0.05:
+        assert find_next_script(queue.path / 'to_run') is None
+    until(lambda: find_next_script(queue.path / 'to_run') == script)
+    os.utime(script, (time.time() + 1000,) * 2)
+    assert find_next_script(queue.path / 'to_run') == script
+
+
+def test_safe_rename_never_overwrites(tmp_path):
+    dest = tmp_path / 'dest'
+    dest.mkdir()
+    for text, name in ('one', 'a.sh'), ('two', 'a-1.sh'), ('three', 'a-2.sh'):
+        file = tmp_path / 'a.sh'
+        file.write_text(text)
+        assert safe_rename(file, dest) == dest / name
+    assert [(dest / name).read_text() for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['one', 'two', 'three']
+    (dest / 'link').symlink_to('nowhere')
+    (tmp_path / 'link').touch()
+    assert safe_rename(str(tmp_path / 'link'), str(dest)) == dest / 'link-1'
+    with pytest.raises(FileNotFoundError):
+        safe_rename(tmp_path / 'a.sh', dest)
+
+
+# --- Locks ----------------------------------------------------------------------------------------------------------
+
+def test_a_lock_is_held_by_one_and_dropped_with_its_descriptor(tmp_path):
+    path = tmp_path / 'l.lock'
+    fd = fastgpu.take_lock(path)
+    assert fd is not None
+    assert fastgpu.take_lock(path) is None
+    os.close(fd)
+    again = fastgpu.take_lock(path)
+    assert again is not None
+    os.close(again)
+
+
+def test_a_lock_file_can_be_opened_by_all_users_whatever_the_umask(tmp_path):
+    old = os.umask(0o077)
+    try:
+        os.close(fastgpu.take_lock(tmp_path / 'l.lock'))
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / 'l.lock').stat().st_mode) == 0o666
+
+
+def test_a_deleted_lock_file_is_no_lock(tmp_path):
+    path = tmp_path / 'l.lock'
+    fd = fastgpu.open_lock(path)
+    path.unlink()
+    path.touch()
+    assert not fastgpu.lock_fd(fd, path)
+    path.unlink()
+    assert not fastgpu.lock_fd(fd, path)
+    os.close(fd)
+
+
+def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
+    mine = tmp_path / 'mine'
+    mine.write_text('precious')
+    (tmp_path / 'link').symlink_to(mine)
+    os.link(mine, tmp_path / 'hard')
+    os.mkfifo(tmp_path / 'fifo')
+    (tmp_path / 'folder').mkdir()
+    for name in 'link', 'hard', 'fifo', 'folder':
+        with pytest.raises(OSError, match=name):
+            fastgpu.take_lock(tmp_path / name)
+    assert mine.read_text() == 'precious'
+
+
+# --- Runs -----------------------------------------------------------------------------------------------------------
+
+def test_a_record_that_a_crash_spoilt_is_none(tmp_path):
+    fd = os.open(tmp_path / 'r.json', os.O_RDWR | os.O_CREAT)
+    for text in '', '{', '[]', '7', 'null', '{"script": 1, "started": 1}', '{"script": "x", "started": null}':
+        fastgpu.write_all(fd, text)
+        assert fastgpu.read_record(fd) == {}
+    fastgpu.write_all(fd, '{"script": "/etc/x", "started": 1}')
+    assert fastgpu.read_record(fd) == {'script': 'x', 'started': 1.0}
+    os.close(fd)
+
+
+@pytest.mark.parametrize(('code', 'text'), [(None, 'cut off'), (3, 'status 3'), (137, 'status 137, SIGKILL'),
+                                            (255, 'status 255')])
+def test_describe(code, text):
+    assert fastgpu.describe(code) == text
+
+
+# --- Pools: the original's own checks --------------------------------------------------------------------------------
+
+@pytest.fixture
+def wp(tmp_path):
+    return FixedWorkerPool(range(4), tmp_path / 'q')
+
+
+def test_lock_and_find_next(wp):
+    wp.unlock(0)
+    assert wp.find_next() == 0
+    assert wp.lock(0)
+    assert wp.find_next() == 1
+    assert wp.lock_next() == 1
+    assert wp.find_next() == 2
+    assert not wp.is_available(0)
+    wp.unlock(0)
+    assert wp.find_next() == 0
+    assert not wp.lock(1)
+
+
+def test_lock_next_with_all_locked(wp):
+    assert [wp.lock_next() for _ in range(5)] == [0, 1, 2, 3, None]
+    assert wp.find_next() is None
+
+
+def test_poll_scripts_runs_links_and_leaves_folders(tmp_path):
+    for name, body in ('script_succ.sh', 'echo $FASTGPU_ID'), ('script_fail.sh', 'exit 1'):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    pool = FixedWorkerPool([0], tmp_path / 'q')
+    for name in 'script_succ.sh', 'script_fail.sh':
+        (tmp_path / 'q' / 'to_run' / name).symlink_to(f'../../{name}')
+    (tmp_path / 'q' / 'to_run' / 'folder').mkdir()
+    assert pool.poll_scripts() == 1
+    out = tmp_path / 'q' / 'out'
+    assert (out / 'script_fail.sh.exitcode').read_text() == '1'
+    assert (out / 'script_succ.sh.exitcode').read_text() == '0'
+    assert (out / 'script_succ.sh.stdout').read_text() == '0\n'
+    assert (tmp_path / 'q' / 'fail' / 'script_fail.sh').is_symlink()
+    assert (tmp_path / 'q' / 'complete' / 'script_succ.sh').is_symlink()
+    assert os.listdir(tmp_path / 'q' / 'to_run') == ['folder']
+    assert (pool.completed, pool.failed) == (['script_succ.sh'], ['script_fail.sh'])
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    code = ('import os, signal, sys, threading; before = dict(os.environ), signal.getsignal(signal.SIGINT); '
+            'import fastgpu; assert before == (dict(os.environ), signal.getsignal(signal.SIGINT)); '
+            'assert threading.active_count() == 1; assert "pynvml" not in sys.modules')
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True,
+                   env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_pool_of_ones_own(tmp_path):
+    class Ports(ResourcePoolBase):
+        def all_ids(self):
+            return [8000, 8001, 8002]
+
+        def is_available(self, ident):
+            return super().is_available(ident) and ident != 8001
+
+        def environment(self, ident):
+            return {**super().environment(ident), 'PORT': str(ident)}
+
+    queue = Queue(tmp_path / 'q')
+    for name in 'ab':
+        queue.add(name, queue.gate() + 'echo $PORT $FASTGPU_ID')
+    pool = Ports(queue.path)
+    for name in 'ab':
+        assert pool.run(queue.path / 'to_run' / name, pool.lock_next())
+    assert pool.lock_next() is None
+    queue.open_gate()
+    assert pool.poll_scripts() == 0
+    assert queue.out('a.stdout') + queue.out('b.stdout') == '8000 8000\n8002 8002\n'
+
+
+def test_run_locks_what_is_not_locked_and_tells_of_a_script_that_is_gone(wp):
+    queue = Queue(wp.path)
+    queue.add('a.sh')
+    assert wp.run(queue.path / 'to_run' / 'a.sh', 2)
+    assert not wp.run(queue.path / 'to_run' / 'a.sh', 3)
+    assert wp.is_available(3)
+    assert wp.poll_scripts() == 0
+    assert queue.record('a.sh')['ids'] == [2]
+
+
+# --- Pools: the life of a script -------------------------------------------------------------------------------------
+
+def test_a_run_leaves_its_output_its_status_and_its_record(queue):
+    queue.add('a.sh', 'echo out; echo err >&2; cat; exit 3')
+    before = time.time()
+    status, log = queue.poll('--workers', '1')
+    assert status == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.names('out') == ['a.sh.exitcode', 'a.sh.json', 'a.sh.stderr', 'a.sh.stdout']
+    assert queue.out('a.sh.stdout') == 'out\n'
+    assert queue.out('a.sh.stderr') == 'err\n'
+    assert queue.out('a.sh.exitcode') == '3'
+    record = queue.record('a.sh')
+    assert list(record) == ['script', 'host', 'ids', 'started', 'pid', 'finished', 'exitcode']
+    assert [record[key] for key in ('script', 'host', 'ids', 'exitcode')] == ['a.sh', os.uname().nodename, [0], 3]
+    assert before - 0.1 <= record['started'] <= record['finished'] <= time.time()
+    assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): .*/q/out/a.sh.stderr$', log, re.M)
+
+
+def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
+    for name in '10', '9', 'B', 'a':
+        queue.add(name, 'ps -o sid= -p $$; echo $$; pwd')
+    assert queue.poll('--workers', '1', cwd='/')[0] == 0
+    started = {name: queue.record(name)['started'] for name in queue.names('complete')}
+    assert sorted(started, key=started.get) == ['10', '9', 'B', 'a']
+    session, pid, folder = queue.out('a.stdout').split()
+    assert session != pid  # the shim's, and not the poller's
+    assert int(session) == queue.record('a')['pid']
+    assert folder == '/'
+
+
+def test_slots_are_used_at_once_and_reused(queue):
+    for name in 'abcd':
+        queue.add(name, f'echo $FASTGPU_ID; touch {queue.path}/{name}; ' + queue.gate())
+    poller = queue.start('--workers', '3')
+    until(lambda: all((queue.path / name).exists() for name in 'abc'))
+    assert queue.all() == {'a': 'running', 'b': 'running', 'c': 'running', 'd': 'to_run'}
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert sorted(queue.out(f'{name}.stdout') for name in 'abc') == ['0\n', '1\n', '2\n']
+
+
+def test_a_name_used_again_keeps_both_runs(queue):
+    for n in range(3):
+        queue.add('a.sh', f'echo {n}; exit {n}')
+        queue.poll()
+    assert queue.all() == {'a.sh': 'complete', 'a-1.sh': 'fail', 'a-2.sh': 'fail'}
+    assert [queue.out(f'{name}.stdout') for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['0\n', '1\n', '2\n']
+    assert queue.record('a-2.sh')['script'] == 'a.sh'
+
+
+def test_a_name_is_taken_as_long_as_anything_is_left_of_it(queue):
+    (queue.path / 'out' / 'a.sh.stdout').write_text('old')
+    (queue.path / 'fail' / 'a-1.sh').write_text('old')
+    queue.add('a.sh', 'echo new')
+    queue.poll()
+    assert queue.out('a.sh.stdout') == 'old'
+    assert (queue.path / 'fail' / 'a-1.sh').read_text() == 'old'
+    assert queue.out('a-2.sh.stdout') == 'new\n'
+
+
+def test_a_script_without_interpreter_line_runs_under_sh(queue):
+    queue.add('a', 'echo $((1+1))', head='')
+    assert queue.poll()[0] == 0
+    assert queue.out('a.stdout') == '2\n'
+
+
+def test_an_interpreter_that_does_not_exist_is_named(queue):
+    queue.add('a.sh', head='#!/bin/sh\r\n')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert r'a.sh (status 127, 0.0 s): its interpreter /bin/sh\r does not exist' in re.sub(r'\d\.\d s', '0.0 s', log)
+
+
+def test_a_signal_that_ends_a_script_is_its_status(queue):
+    queue.add('a.sh', 'kill -SEGV $$')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.out('a.sh.exitcode') == '139'
+    assert 'status 139, SIGSEGV' in log
+
+
+def test_what_is_not_executable_waits_and_is_named_once_and_at_exit(queue):
+    queue.add('a.sh', mode=0o644)
+    queue.add('b.sh', 'sleep 0.3')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
+    assert log.count('to_run/a.sh waits: it is not executable (chmod +x)') == 1
+    assert 'left in to_run: a.sh (not executable)' in log
+
+
+def test_chmod_submits(queue):
+    script = queue.add('a.sh', mode=0o644)
+    poller = queue.start('--exit', '0', '--workers', '1')
+    until(lambda: 'a.sh waits' in poller.log())
+    script.chmod(0o755)
+    until(lambda: queue.names('complete') == ['a.sh'])
+    assert poller.poll() is None
+
+
+def test_what_is_no_script_is_ignored(queue):
+    to_run = queue.path / 'to_run'
+    (to_run / 'folder').mkdir()
+    os.mkfifo(to_run / 'fifo', 0o755)
+    (to_run / 'dangling').symlink_to('nowhere')
+    queue.add('.hidden')
+    status, log = queue.poll()
+    assert status == 0
+    assert '0 scripts' in log
+    assert sorted(os.listdir(to_run)) == ['.hidden', 'dangling', 'fifo', 'folder']
+
+
+@pytest.mark.parametrize('name', [b'with space', b'new\nline', b'quo"te\'s', b'-rf', b'$HOME;`id`', b'\xff\xfe.sh',
+                                  b'\x1b[31mred', 'ä→名'.encode(), b'*', b'a\\b', b'%s%d'])
+def test_any_name_runs_and_is_logged_escaped(queue, name):
+    name = os.fsdecode(name)
+    queue.add(name, 'printf %s "$0"; exit 4')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {name: 'fail'}
+    assert queue.out(f'{name}.exitcode') == '4'
+    assert os.fsencode(queue.path / 'running' / name) == (queue.path / 'out' / f'{name}.stdout').read_bytes()
+    assert fastgpu.shown(name) in log
+    assert '\x1b' not in log
+    assert queue.record(name)['script'] == name
+
+
+def test_a_name_too_long_for_its_exitcode_stays_and_is_named(queue):
+    most = os.pathconf(queue.path, 'PC_NAME_MAX')
+    fits, too_long = 'f' * (most - len('.exitcode')), 'e' * (most - len('.exitcode') + 1)
+    queue.add(too_long)
+    queue.add(fits)
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {too_long: 'to_run', fits: 'complete'}
+    assert log.count('its name is too long, by 1 bytes') == 2
+    assert queue.names('out') == [f'{fits}.{kind}' for kind in ('exitcode', 'json', 'stderr', 'stdout')]
+
+
+def test_a_script_that_vanishes_between_look_and_claim_leaves_no_trace(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    script = queue.add('a.sh')
+    script.unlink()
+    assert not pool.run(script, 0)
+    assert queue.names('out') == []
+    assert pool.find_next() == 0
+
+
+def test_a_script_that_cannot_be_started_now_stays_and_is_started_later(queue):
+    # Without room for the files of its output: a stand-in for all that a machine can lack.
+    shutil.rmtree(queue.path / 'out')
+    (queue.path / 'full').mkdir()
+    (queue.path / 'out').symlink_to('full')
+    queue.add('a.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    (queue.path / 'out').unlink()
+    (queue.path / 'out').symlink_to('elsewhere')
+    with pytest.raises(OSError, match=r'elsewhere|a\.sh'):
+        pool.run(queue.path / 'to_run' / 'a.sh', 0)
+    assert queue.all() == {'a.sh': 'to_run'}
+    (queue.path / 'elsewhere').mkdir()
+    assert pool.poll_scripts() == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
+    queue.add('a.sh')
+    code = ('import resource, sys, fastgpu; pool = fastgpu.FixedWorkerPool([0], sys.argv[1])\n'
+            'resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))\n'
+            'try: pool.run("a.sh", 0)\n'
+            'except OSError as error: print(error.errno)')
+    for files in range(4, 20):
+        run = subprocess.run([sys.executable, '-c', code, str(queue.path), str(files)], capture_output=True, text=True,
+                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+        assert run.returncode == 0, run.stderr
+        if 'start a.sh' in run.stderr:
+            break
+        assert queue.all() == {'a.sh': 'to_run'}
+        assert queue.names('out') == []
+    assert files > 6
+    queue.poll()
+    assert list(queue.all().values()) == ['complete']
+
+
+# --- Pools: killed pollers ------------------------------------------------------------------------------------------
+
+def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
+    queue.add('ends-well.sh', queue.gate('one') + 'echo well')
+    queue.add('fails.sh', queue.gate('one') + 'echo bad; exit 7')
+    queue.add('runs-on.sh', queue.gate('two') + 'echo on; exit 8')
+    queue.add('waits.sh', 'echo waited')
+    first = queue.start('--workers', '3')
+    until(lambda: len(queue.names('running')) == 3 and all('pid' in queue.record(n) for n in queue.names('running')))
+    first.kill()
+    first.wait()
+    queue.open_gate('one')
+    until(lambda: queue.has_out('ends-well.sh.exitcode') and queue.has_out('fails.sh.exitcode'))
+    assert len(queue.names('running')) == 3
+    second = queue.start('--workers', '3')
+    until(lambda: queue.all() == {'ends-well.sh': 'complete', 'fails.sh': 'fail', 'runs-on.sh': 'running',
+                                  'waits.sh': 'complete'})
+    assert second.poll() is None
+    assert 'runs-on.sh was started by another poller and still runs' in second.log()
+    queue.open_gate('two')
+    assert second.wait(30) == 1
+    assert queue.all()['runs-on.sh'] == 'fail'
+    assert [queue.out(f'{name}.sh.exitcode') for name in ('ends-well', 'fails', 'runs-on')] == ['0', '7', '8']
+    assert queue.out('runs-on.sh.stdout') == 'on\n'
+    record = queue.record('runs-on.sh')
+    assert record['exitcode'] == 8
+    assert record['finished'] == round((queue.path / 'out' / 'runs-on.sh.exitcode').stat().st_mtime, 3)
+
+
+def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh', '')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'worker 0 busy: runs a.sh of user' in second.log())
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.record('b.sh')['started'] >= queue.record('a.sh')['finished']
+
+
+def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
+    queue.add('a.sh', f'echo run; [ -e {queue.path}/gate ] || exec sleep 1000')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    first.kill()
+    first.wait()
+    os.killpg(queue.record('a.sh')['pid'], signal.SIGKILL)  # as the power would
+    queue.open_gate()
+    status, log = queue.poll('--workers', '1')
+    assert status == 0
+    assert re.search(r'worker 0: back to to_run a.sh \(cut off, \d+\.\d s\)', log)
+    assert queue.all() == {'a-1.sh': 'complete'}
+    assert queue.record('a-1.sh')['script'] == 'a.sh'
+    assert queue.out('a.sh.stdout') == queue.out('a-1.sh.stdout') == 'run\n'
+    assert queue.record('a.sh')['exitcode'] is None
+
+
+def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
+    queue.add('a.sh', 'echo old; exec sleep 1000')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    first.kill()
+    first.wait()
+    os.killpg(queue.record('a.sh')['pid'], signal.SIGKILL)
+    queue.add('a.sh', 'echo new', mode=0o644)
+    second = queue.start('--workers', '1', '--exit', '0')
+    until(lambda: queue.names('to_run') == ['a.sh'] and queue.names('running') == ['a-1.sh'])
+    assert 'echo new' in (queue.path / 'to_run' / 'a.sh').read_text()
+    assert 'back to to_run a.sh' in second.log()
+    assert ' as a-1.sh' in second.log()
+
+
+def test_a_shim_killed_alone_keeps_its_script_and_its_slot(queue):
+    queue.add('a.sh', 'echo $$; ' + queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    os.kill(queue.record('a.sh')['pid'], signal.SIGKILL)
+    until(lambda: 'a.sh was started by another poller and still runs' in poller.log())
+    until(lambda: 'worker 0 busy' in poller.log())
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert queue.all() == {'a-1.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_a_crash_before_the_rename_leaves_nothing(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    queue.add('a.sh', 'echo once')
+    if os.fork() == 0:
+        os.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        pool.run('a.sh', 0)
+    os.wait()
+    assert queue.names('out') == ['a.sh.json']
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete'}
+    assert queue.out('a.sh.stdout') == 'once\n'
+
+
+def test_a_crash_between_rename_and_launch_puts_the_script_back(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    queue.add('a.sh', 'echo once')
+    if os.fork() == 0:
+        subprocess.Popen = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        pool.run('a.sh', 0)
+    os.wait()
+    assert queue.all() == {'a.sh': 'running'}
+    assert queue.poll()[0] == 0
+    assert [queue.out(f'{name}.stdout') for name in queue.all()] == ['once\n']
+    assert list(queue.all().values()) == ['complete']
+
+
+def test_a_live_claim_is_no_stray(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    assert pool.lock(0)
+    queue.add('a.sh')
+    run = pool._claim('a.sh', [0])
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')  # as before its rename
+    FixedWorkerPool([0], queue.path)._remove_strays()
+    assert queue.names('out') == ['a.sh.json']
+    os.close(run.fd)
+    FixedWorkerPool([0], queue.path)._remove_strays()
+    assert queue.names('out') == []
+
+
+def test_runs_of_another_host_are_left_alone_and_named(queue):
+    queue.add('a.sh')
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', 'host': 'far\x1baway', 'ids': [0], 'started': 1.0, 'pid': 1}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh': 'running'}
+    command = f'mv {queue.path}/running/a.sh {queue.path}/to_run/'
+    assert f'a.sh runs on far\\x1baway; if that host is gone: {command}\n' in log
+    subprocess.run(command, shell=True, check=True)
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a-1.sh': 'complete'}
+
+
+def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
+    queue.add('a.sh')
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh': 'running'}
+    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
+
+
+def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_free(queue):
+    queue.add('a.sh', f'({queue.gate()}) & echo started')
+    queue.add('b.sh')
+    assert queue.poll('--workers', '1')[0] == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
+    queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    first.kill()
+    first.wait()
+    queue.open_gate('one')
+    assert queue.poll('--workers', '1')[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}
+
+
+# --- Pools: many pollers --------------------------------------------------------------------------------------------
+
+def test_two_pollers_run_200_scripts_once_each(queue):
+    ran = queue.path / 'ran'
+    for n in range(200):
+        queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {ran}')
+    pollers = [queue.start('--workers', '2') for _ in range(2)]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(200)})
+    assert set(queue.all().values()) == {'complete'}
+    assert len(queue.names('complete')) == 200
+    assert len(queue.names('out')) == 800
+
+
+def test_two_pollers_on_one_host_share_the_slots(queue):
+    for name in 'abcd':
+        queue.add(name, queue.gate())
+    pollers = [queue.start('--workers', '2') for _ in range(2)]
+    until(lambda: len(queue.names('running')) == 2 and any('busy: runs' in poller.log() for poller in pollers))
+    assert len(queue.names('to_run')) == 2
+    queue.open_gate()
+    assert [poller.wait(30) for poller in pollers] == [0, 0]
+    assert set(queue.all().values()) == {'complete'}
+
+
+# --- Pools: signals -------------------------------------------------------------------------------------------------
+
+TRAP = 'trap "echo saved; exit {}" TERM; echo ready; while :; do sleep 0.01; done'
+
+
+def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
+    queue.add('a.sh', 'echo ready; ' + queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signal.SIGINT)
+    until(lambda: 'interrupted: no new scripts; waiting for 1 running script' in poller.log())
+    queue.open_gate()
+    assert poller.wait(30) == 130
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+
+
+@pytest.mark.parametrize(('signals', 'status'), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
+def test_stop_terminates_requeues_what_failed_and_files_what_ended_well(queue, signals, status):
+    queue.add('dies.sh', 'echo ready; sleep 1000')
+    queue.add('saves.sh', TRAP.format(0))
+    queue.add('fails.sh', TRAP.format(9))
+    queue.add('waits.sh')
+    poller = queue.start('--workers', '3')
+    until(lambda: all(queue.has_out(f'{name}.sh.stdout') for name in ('dies', 'saves', 'fails')))
+    for signum in signals:
+        poller.send_signal(signum)
+        until(lambda: 'interrupted' in poller.log() or 'stopping' in poller.log())
+    assert poller.wait(30) == status
+    assert 'stopping: TERM to 3 running scripts, KILL after 10 s' in poller.log()
+    assert queue.all() == {'dies.sh': 'to_run', 'fails.sh': 'to_run', 'saves.sh': 'complete', 'waits.sh': 'to_run'}
+    assert queue.out('dies.sh.exitcode') == '143'
+    assert queue.out('saves.sh.stdout') == queue.out('fails.sh.stdout') == 'ready\nsaved\n'
+
+
+def test_stop_kills_what_ignores_term(queue, monkeypatch):
+    monkeypatch.setattr(fastgpu, 'GRACE', 0.2)
+    queue.add('a.sh', 'trap "" TERM; while :; do sleep 0.01; done')
+    pool = FixedWorkerPool([0], queue.path)
+    assert pool.run('a.sh', 0)
+    until(lambda: b'sleep' in subprocess.check_output(['ps', '-o', 'args=', '-g', str(queue.record('a.sh')['pid'])]))
+    pool.interrupt(signal.SIGTERM)
+    assert pool.poll_scripts() == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert pool.find_next() == 0
+    assert not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}')
+
+
+def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
+    queue.add('a.sh', 'trap "sleep 0.5; exit 1" TERM; echo ready; while :; do sleep 0.01; done')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signal.SIGTERM)
+    until(lambda: 'stopping' in poller.log())
+    until(lambda: queue.record('a.sh').get('stopped'))
+    poller.kill()
+    poller.wait()
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    poller = queue.start('--workers', '1')
+    until(lambda: 'back to to_run a.sh (status 1' in poller.log())
+
+
+@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGKILL])
+def test_hup_and_kill_of_the_poller_leave_the_scripts_running(queue, signum):
+    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signum)
+    assert poller.wait(30) == -signum
+    queue.open_gate()
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.out('a.sh.stdout') == 'ready\nend\n'
+
+
+def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
+    queue.add('a.sh', TRAP.format(6))
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    poller.kill()
+    poller.wait()
+    os.killpg(queue.record('a.sh')['pid'], signal.SIGTERM)
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.out('a.sh.exitcode') == '6'
+
+
+# --- GPUs: the real nvidia-ml-py on a fake driver library ------------------------------------------------------------
+
+FAKE_DRIVER = '''
+import ctypes, json, os, pynvml
+
+class Driver:
+    """What libnvidia-ml.so.1 would export, with the state of the file that FAKE_DRIVER names."""
+
+    def state(self):
+        with open(os.environ['FAKE_DRIVER']) as file:
+            return json.load(file)
+
+    def gpu(self, handle):
+        return self.state()['gpus'][ctypes.cast(handle, ctypes.c_void_p).value - 0x1000]
+
+    def nvmlInitWithFlags(self, flags):
+        return self.state().get('init', 0)
+
+    def nvmlShutdown(self):
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, number):
+        number._obj.value = len(self.state()['gpus'])
+        return 0
+
+    def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
+        gpus = self.state()['gpus']
+        if index.value >= len(gpus):
+            return pynvml.NVML_ERROR_INVALID_ARGUMENT
+        ctypes.cast(handle, ctypes.POINTER(ctypes.c_void_p))[0] = 0x1000 + index.value
+        return gpus[index.value].get('handle', 0)
+
+    def nvmlDeviceGetUUID(self, handle, text, size):
+        text.value = self.gpu(handle)['uuid'].encode()
+        return 0
+
+    def nvmlDeviceGetMemoryInfo_v2(self, handle, memory):
+        gpu = self.gpu(handle)
+        memory._obj.total, memory._obj.used = gpu.get('total', 80 * 1024) << 20, gpu.get('used', 500) << 20
+        return gpu.get('memory', 0)
+
+    def nvmlDeviceGetComputeRunningProcesses_v3(self, handle, number, processes):
+        gpu = self.gpu(handle)
+        pids = gpu.get('pids', [])
+        if number._obj.value < len(pids):
+            number._obj.value = len(pids)
+            return pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+        number._obj.value = len(pids)
+        for process, (pid, used) in zip(processes or [], pids):
+            process.pid, process.usedGpuMemory = pid, used << 20
+        return gpu.get('processes', 0)
+
+pynvml.nvmlLib = Driver()
+pynvml._nvmlGetFunctionPointer_cache.clear()
+'''
+
+
+class Gpus:
+    """The fake GPUs of a host: a list of dicts that the driver answers from, `save`d for it to see."""
+
+    def __init__(self, path, monkeypatch):
+        self.file = path / 'driver.json'
+        self.gpus = []
+        self.locks = path / 'locks'
+        self.locks.mkdir()
+        site = path / 'site'
+        site.mkdir()
+        (site / 'sitecustomize.py').write_text(FAKE_DRIVER)
+        monkeypatch.setenv('FAKE_DRIVER', str(self.file))
+        monkeypatch.setenv('FASTGPU_LOCK_DIR', str(self.locks))
+        monkeypatch.setenv('PYTHONPATH', str(site))
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+        pynvml = pytest.importorskip('pynvml')
+        monkeypatch.setattr(pynvml, 'nvmlLib', None)
+        exec(FAKE_DRIVER, {})
+
+    def have(self, number):
+        self.gpus = [{'uuid': f'GPU-{n:08}-aaaa-bbbb-cccc-0123456789ab'} for n in range(number)]
+        self.save()
+
+    def save(self, **state):
+        self.file.with_suffix('.new').write_text(json.dumps({'gpus': self.gpus, **state}))
+        os.rename(self.file.with_suffix('.new'), self.file)
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    gpus = Gpus(tmp_path, monkeypatch)
+    gpus.have(2)
+    return gpus
+
+
+SEES = 'echo $FASTGPU_ID $CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER'
+
+
+def test_all_gpus_are_used_and_a_script_sees_its_own(gpus, queue):
+    for name in 'ab':
+        queue.add(name, SEES + '; ' + queue.gate())
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.has_out('a.stdout') and queue.has_out('b.stdout'))
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert sorted(queue.out(f'{name}.stdout') for name in 'ab') == ['0 0 PCI_BUS_ID\n', '1 1 PCI_BUS_ID\n']
+    assert re.search(r' gpu 0: start a\n', poller.log())
+    assert sorted(os.listdir(gpus.locks)) == [f'fastgpu-{gpu["uuid"]}.lock' for gpu in gpus.gpus]
+
+
+def test_cuda_visible_devices_limits_the_gpus_and_keeps_their_numbers(gpus, queue, monkeypatch):
+    gpus.have(4)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,2')
+    for name in 'abc':
+        queue.add(name, SEES + '; ' + queue.gate())
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.has_out('a.stdout') and queue.has_out('b.stdout'))
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert [queue.out(f'{name}.stdout') for name in 'ab'] == ['3 3 PCI_BUS_ID\n', '2 2 PCI_BUS_ID\n']
+
+
+@pytest.mark.parametrize('state', [{'pids': [[4121, 300]]}, {'used': 1025}, {'memory': 15}, {'processes': 15}])
+def test_a_gpu_in_use_or_in_doubt_is_busy(gpus, queue, state):
+    pool = ResourcePoolGPU(queue.path)
+    gpus.gpus[0].update(state)
+    gpus.save()
+    assert not pool.is_available(0)
+    assert pool.lock_next() == 1
+
+
+def test_a_gpu_with_1024_mib_in_use_is_free(gpus, queue):
+    gpus.gpus[0]['used'] = 1024
+    gpus.save()
+    assert ResourcePoolGPU(queue.path).find_next() == 0
+
+
+def test_a_script_waits_for_a_gpu_and_the_log_says_why(gpus, queue):
+    gpus.gpus[0].update(pids=[[4121, 300]])
+    gpus.gpus[1].update(memory=15)
+    gpus.save()
+    queue.add('a.sh')
+    poller = queue.start('--exit', '1')
+    until(lambda: 'gpu 0 busy: used by pid 4121\n' in poller.log() and 'gpu 1 unusable: GPU is lost\n' in poller.log())
+    gpus.have(2)
+    assert poller.wait(30) == 0
+    assert poller.log().count('pid 4121') == 1
+
+
+def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
+    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
+    held = tmp_path / 'held'
+    held.mkdir()
+    for queue in queues:
+        for n in range(20):
+            queue.add(f'{n}.sh', f'mkdir {held}/$FASTGPU_ID || exit 1; sleep 0.02; rmdir {held}/$FASTGPU_ID')
+    pollers = [queue.start('--exit', '1') for queue in queues]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    for queue in queues:
+        assert set(queue.all().values()) == {'complete'}
+        assert {queue.record(name)['ids'][0] for name in queue.all()} <= {0, 1}
+
+
+def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
+    first, second = Queue(tmp_path / 'q1'), Queue(tmp_path / 'q2')
+    gpus.have(1)
+    first.add('a.sh', first.gate())
+    poller = first.start('--exit', '1')
+    until(lambda: first.names('running') == ['a.sh'] and 'pid' in first.record('a.sh'))
+    poller.kill()
+    poller.wait()
+    second.add('b.sh')
+    poller = second.start('--exit', '1')
+    until(lambda: f'gpu 0 busy: runs a.sh of user {os.getuid()} (pid ' in poller.log())
+    first.open_gate()
+    assert poller.wait(30) == 0
+
+
+def test_a_lock_file_of_gpus_is_told_but_not_trusted(gpus, queue):
+    lock = gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock'
+    lock.write_bytes(b'\x1b[31mrun\xff' + b'x' * 10000)
+    queue.add('a.sh')
+    pool = ResourcePoolGPU(queue.path)
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert pool.lock_next() == 1
+        assert pool._reasons[0].startswith(r'busy: \x1b[31mrun')
+        assert len(pool._reasons[0]) < 300
+    assert pool.find_next() == 0
+
+
+def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
+    gpus.save(init=9)
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path / 'new')], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == ('fastgpu_poll: no NVIDIA driver found (Driver Not Loaded); '
+                          'use --workers N to run without GPUs\n')
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('listed', ['', 'x', '0,7'])
+def test_a_list_of_gpus_that_is_none_is_refused(gpus, queue, monkeypatch, listed):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+    with pytest.raises(FastgpuError, match=f'CUDA_VISIBLE_DEVICES={listed} is no list of GPUs: this host has 2 GPUs'):
+        ResourcePoolGPU(queue.path)
+
+
+def real_gpu():
+    try:
+        import pynvml
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetCount() > 0
+    except Exception:
+        return False
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not real_gpu(), reason='NVML finds no GPU here')
+def test_a_real_gpu_runs_a_script_that_sees_it(queue):
+    queue.add('a.sh', SEES + '; nvidia-smi -L')
+    poller = queue.start('--exit', '1')
+    assert poller.wait(60) == 0
+    ident = queue.record('a.sh')['ids'][0]
+    assert queue.out('a.sh.stdout').startswith(f'{ident} {ident} PCI_BUS_ID\n')
+
+
+# --- Command --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('args', 'words'), [
+    (['--exit', '2'], 'argument --exit: invalid choice: 2'),
+    (['--workers', '0'], "argument --workers: '0' is less than 1"),
+    (['--workers', 'x'], "argument --workers: invalid positive value: 'x'"),
+    (['--nonsense'], 'unrecognized arguments: --nonsense'),
+])
+def test_wrong_options_are_named(args, words):
+    run = subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert words in run.stderr
+
+
+AS_NOBODY = 'import os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534); sys.exit(fastgpu.main(sys.argv[1:]))'
+
+
+def refused(path, command=(sys.executable, str(MODULE))):
+    """Return the one line with which the command refuses to use `path`."""
+    run = subprocess.run([*command, '--path', str(path), '--workers', '1'], capture_output=True, text=True,
+                         cwd=MODULE.parent)
+    assert run.returncode == 2
+    assert re.fullmatch('fastgpu_poll: .*\n', run.stderr)
+    return run.stderr
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / 'file').touch()
+    assert f'{tmp_path}/file: ' in refused(tmp_path / 'file')
+    (tmp_path / 'q').mkdir()
+    (tmp_path / 'q' / 'to_run').touch()
+    assert f'{tmp_path}/q/to_run: ' in refused(tmp_path / 'q')
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_a_path_that_cannot_be_written_is_refused():
+    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
+        os.chmod(path, 0o755)
+        assert f'fastgpu_poll: {path}/to_run: Permission denied' in refused(path, [sys.executable, '-c', AS_NOBODY])
+        fastgpu.setup_dirs(path)
+        assert f'fastgpu_poll: {path}: no permission to write' in refused(path, [sys.executable, '-c', AS_NOBODY])
+
+
+@pytest.mark.parametrize('mode', [0o777, 0o775, 0o757, 0o1777])
+def test_to_run_that_others_can_write_to_is_refused_with_the_chmod_that_mends_it(queue, mode):
+    queue.add('a.sh')
+    (queue.path / 'to_run').chmod(mode)
+    message = refused(queue.path)
+    assert f'others can write to {queue.path}/to_run' in message
+    assert queue.all() == {'a.sh': 'to_run'}
+    subprocess.run(message.partition('mend it with: ')[2], shell=True, check=True)
+    assert queue.poll()[0] == 0
+
+
+def test_a_queue_in_a_sticky_folder_is_not_refused(queue):
+    queue.path.chmod(0o1777)
+    assert queue.poll()[0] == 0
+    queue.path.chmod(0o777)
+    assert f'chmod go-w {queue.path}\n' in refused(queue.path)
+
+
+def test_the_folders_must_be_on_one_file_system(queue, tmp_path):
+    shm = Path('/dev/shm')
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip('no second file system at hand')
+    os.rmdir(queue.path / 'complete')
+    (queue.path / 'complete').symlink_to(shm)
+    assert f'{queue.path}/complete is on another file system' in refused(queue.path)
+
+
+def test_help_shows_the_options_of_the_original_first():
+    text = subprocess.run([sys.executable, str(MODULE), '--help'], capture_output=True, text=True, check=True).stdout
+    assert text.startswith('usage: fastgpu_poll [-h] [--path PATH] [--exit EXIT] ')
+    assert re.search(r'--path PATH +Path containing `to_run` directory', text)
+    assert re.search(r'--exit EXIT +Exit when `to_run` is empty', text)
+
+
+def test_version():
+    text = subprocess.run([sys.executable, str(MODULE), '--version'], capture_output=True, text=True, check=True).stdout
+    assert text == f'fastgpu {fastgpu.__version__}\n'
+
+
+def test_all_three_ways_to_use_it_do_the_same(tmp_path):
+    alone = tmp_path / 'alone'
+    alone.mkdir()
+    shutil.copy(MODULE, alone)
+    script = Path(sys.executable).with_name('fastgpu_poll')
+    ways = [(sys.executable, '-m', 'fastgpu'), (sys.executable, str(alone / 'fastgpu.py'))]
+    if script.exists():
+        ways.append((str(script),))
+    results = []
+    for n, command in enumerate(ways):
+        queue = Queue(tmp_path / str(n))
+        for k in range(4):
+            queue.add(f'{k}.sh', f'echo {k}; exit {k}')
+        status, _ = queue.poll('--workers', '2', command=command, cwd=alone)
+        results.append((status, queue.all(), [queue.out(f'{k}.sh.stdout') for k in range(4)]))
+    assert results[0] == (1, {'0.sh': 'complete', '1.sh': 'fail', '2.sh': 'fail', '3.sh': 'fail'},
+                          ['0\n', '1\n', '2\n', '3\n'])
+    assert results == [results[0]] * len(ways)
+
+
+def test_the_path_is_the_current_folder_by_default(queue):
+    queue.add('a.sh')
+    subprocess.run([sys.executable, str(MODULE), '--workers', '1'], cwd=queue.path, check=True)
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_exit_0_goes_on_polling(queue):
+    poller = queue.start('--exit', '0', '--workers', '1')
+    for name in 'ab':
+        queue.add(name)
+        until(lambda name=name: name in queue.names('complete'))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
