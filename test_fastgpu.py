@@ -1051,7 +1051,7 @@ def test_wrong_options_are_named(args, words):
     assert words in run.stderr
 
 
-AS_NOBODY = 'import os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534); sys.exit(fastgpu.main(sys.argv[1:]))'
+AS_NOBODY = 'import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534); sys.exit(fastgpu.main(sys.argv[1:]))'
 
 
 def refused(path, command=(sys.executable, str(MODULE))):
