@@ -38,8 +38,10 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import select
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -79,6 +81,13 @@ def log(text: str) -> None:
 def shown(text: object) -> str:
     """Return `text` with everything escaped that could garble a terminal: control characters, invalid UTF-8."""
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def explain(error: Exception) -> str:
+    """Return what an error says, for people: an OSError as `file: reason`."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return shown(f'{os.fsdecode(error.filename)}: {error.strerror}')
+    return shown(error)
 
 
 def mv_command(source: Path, dest: Path) -> str:
@@ -218,13 +227,13 @@ def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
 
 # --- Locks: flock(2) on a file, so that a child inherits the lock and the kernel drops it with the last holder ------
 
-def lock_fd(fd: int, path: StrPath) -> bool:
+def lock_fd(fd: int, path: StrPath, how: int = fcntl.LOCK_EX) -> bool:
     """Lock the open file `fd` if nobody holds it and `path` still leads to it. Raises OSError.
 
     A file that was deleted meanwhile can be locked by us and its successor by somebody else: that is no lock.
     """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     try:
@@ -258,12 +267,12 @@ def open_lock(path: StrPath) -> int:
         raise OSError(errno.EINVAL, 'is not a lock file', str(path))
 
 
-def take_lock(path: StrPath) -> int | None:
+def take_lock(path: StrPath, how: int = fcntl.LOCK_EX) -> int | None:
     """Return a descriptor that holds the lock file `path`, or None where somebody else holds it. Raises OSError."""
     while True:
         fd = open_lock(path)
         try:
-            if lock_fd(fd, path):
+            if lock_fd(fd, path, how):
                 return fd
             gone = not os.path.lexists(path)
         except OSError:
@@ -362,7 +371,8 @@ class ResourcePoolBase:
         self.completed: list[str] = []  # the runs that this pool filed, by name
         self.failed: list[str] = []
         self._name_max = os.pathconf(self.out, 'PC_NAME_MAX')
-        self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the descriptors that hold them
+        self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
+        self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
         self._cut_off: set[str] = set()  # runs whose shim was killed, and that have not been filed since
         self._unfit: dict[str, str] = {}  # scripts in to_run that can never be claimed, and why
@@ -387,9 +397,17 @@ class ResourcePoolBase:
         """
         return ident not in self._locks
 
-    def environment(self, ident: Any) -> dict[str, str]:
-        """Return the variables that a script on `ident` gets in addition to those of the poller."""
-        return {'FASTGPU_ID': str(ident)}
+    def environment(self, *ids: Any) -> dict[str, str]:
+        """Return the variables that a script on `ids` (mostly one) gets in addition to those of the poller."""
+        return {'FASTGPU_ID': ','.join(map(str, ids))}
+
+    def demand(self, script: StrPath) -> int:
+        """Return how many resources `script` needs at once."""
+        return 1
+
+    def distinct(self, ident: Any) -> Any:
+        """Return what a script that needs several resources cannot have two of: `ident` itself."""
+        return ident
 
     def lock_path(self, ident: Any) -> Path:
         """Return the lock file of `ident`: here in the queue, and one per host, since flock is."""
@@ -404,10 +422,10 @@ class ResourcePoolBase:
 
     def unlock(self, ident: Any) -> None:
         """Give the lock of `ident` back, also if a daemon that the script left behind still holds a copy of it."""
-        fd = self._locks.pop(ident, None)
-        if fd is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(fd, 0)  # what it says of us is no longer so
+        for number, fd in enumerate(self._locks.pop(ident, [])):
+            if number == 0:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(fd, 0)  # what it says of us is no longer so
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
@@ -417,30 +435,61 @@ class ResourcePoolBase:
 
     def lock_next(self) -> Any:
         """Lock the first resource that is available; return it, or None where there is none."""
-        return next((i for i in self.all_ids() if i not in self._locks and self._try(i, self.is_available, keep=True)),
-                    None)
+        self._ask_at.clear()
+        return next(iter(self._lock_some(1)), None)
+
+    def _lock_some(self, number: int) -> list[Any]:
+        """Lock that many resources, none that was found to be taken less than a second ago; all of them or none."""
+        ids: list[Any] = []
+        left = [ident for ident in self.all_ids() if ident not in self._locks
+                and time.monotonic() >= self._ask_at.get(ident, 0)]
+        for ident in left:
+            if len({self.distinct(other) for other in left}) < number:
+                break
+            if self.distinct(ident) not in map(self.distinct, ids) and self._try(ident, self.is_available, keep=True):
+                ids.append(ident)
+            if len(ids) == number:
+                return ids
+        for ident in ids:
+            self.unlock(ident)
+            self._ask_at[ident] = time.monotonic() + LOOK_AROUND
+        return []
+
+    def _take(self, ident: Any) -> list[int] | None:
+        """Return descriptors that hold `ident`, or None where somebody else does. Raises OSError."""
+        fd = take_lock(self.lock_path(ident))
+        if fd is None:
+            self._blame(ident, self.lock_path(ident))
+            return None
+        return [fd]
+
+    def _blame(self, ident: Any, path: Path) -> None:
+        """Note who holds the lock file `path`. One who wrote nothing there is only asking, as we are."""
+        note = read_note(path)
+        if note or ident not in self._reasons:
+            self._reasons[ident] = f'busy: {note or "locked, " + shown(path)}'
 
     def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
         """Return whether `ident` could be locked and then passed `test`; `keep` the lock if so."""
-        path = self.lock_path(ident)
-        self._reasons.pop(ident, None)
         try:
-            fd = take_lock(path)
+            fds = self._take(ident)
         except OSError as error:
-            self._reasons[ident] = f'unusable: {shown(path)}: {error.strerror}'
+            self._reasons[ident] = f'unusable: {explain(error)}'
             return False
-        if fd is None:
-            self._reasons[ident] = f'busy: {read_note(path) or "locked, " + shown(path)}'
+        if fds is None:
             return False
+        self._reasons.pop(ident, None)
+        good = False
         try:
             good = test is None or bool(test(ident))
-        except BaseException:
-            os.close(fd)
-            raise
-        if good and keep:
-            self._locks[ident] = fd
-        else:
-            os.close(fd)
+        finally:
+            if good and keep:
+                self._locks[ident] = fds
+            else:
+                for fd in fds:
+                    os.close(fd)
+        if not good:
+            self._ask_at[ident] = time.monotonic() + LOOK_AROUND
         return good
 
     # The life of a script, in order: claim, launch, settle.
@@ -498,19 +547,22 @@ class ResourcePoolBase:
                 raise
         return Run(name, ids, fd, record)
 
-    def _launch(self, run: Run) -> None:
-        """Start a claimed run. Where that fails, raise OSError with the script back in to_run and no traces left."""
+    def _launch(self, run: Run, command: Sequence[str] = ()) -> None:
+        """Start a claimed run, or `command` in its place.
+
+        Where that fails, raises OSError with the script back in to_run and no traces left.
+        """
         files: list[int] = []
         try:
             for kind in ('stdout', 'stderr'):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
                 files.append(os.open(self._out(run.name, kind), flags, 0o666))
-            command = ['/bin/sh', '-c', SHIM, 'fastgpu', str(self._out(run.name, 'exitcode')),
-                       str(self.running / run.name)]
             run.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
-                pass_fds=(run.fd, *(self._locks[ident] for ident in run.ids)),
-                env={**os.environ, **self.environment(run.ids[0])})
+                ['/bin/sh', '-c', SHIM, 'fastgpu', str(self._out(run.name, 'exitcode')),
+                 *(command or [str(self.running / run.name)])],
+                stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
+                pass_fds=(run.fd, *(fd for ident in run.ids for fd in self._locks[ident])),
+                env={**os.environ, **self.environment(*run.ids)})
         except OSError:
             try:
                 for kind in ('stdout', 'stderr')[:len(files)]:
@@ -527,7 +579,7 @@ class ResourcePoolBase:
         with contextlib.suppress(OSError):  # a full disk: nothing but a message depends on these two
             write_all(run.fd, json.dumps(run.record, default=str))
             for ident in run.ids:
-                write_all(self._locks[ident], shown(
+                write_all(self._locks[ident][0], shown(
                     f'runs {run.name} of user {os.getuid()} (pid {run.process.pid}, {self.path})'))
         with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
             run.pidfd = os.pidfd_open(run.process.pid)
@@ -584,7 +636,7 @@ class ResourcePoolBase:
 
     def _where(self, ids: Iterable[Any]) -> str:
         """Return where a run runs, for the log: `gpu 0`."""
-        return shown(f'{self.kind} {",".join(map(str, ids))}')
+        return shown(f'{self.kind} {",".join(map(str, ids)) or "-"}')
 
     def _out(self, name: str, kind: str) -> Path:
         """Return the file of that `kind` in out/ of the run `name`."""
@@ -669,22 +721,37 @@ class ResourcePoolBase:
                         'it is not executable (chmod +x)' if reason == 'not executable' else reason))
             else:
                 return waiting
-            ident = self.lock_next()
-            if ident is None:
-                for ident in self.all_ids():
-                    if ident not in self._locks:
-                        reason = self._reasons.get(ident, 'not available')
-                        self._say((self.kind, ident), f'{self._where([ident])} {reason}')
-                return True
-            self._said.pop((self.kind, ident), None)
             try:
-                self.run(name, ident)
+                if not self._start_one(name):
+                    return True
             except FastgpuError as error:
                 self._unfit[name] = str(error)
             except OSError as error:
                 self._say('start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
                 self._start_at = time.monotonic() + LOOK_AROUND
         return True
+
+    def _start_one(self, name: str) -> bool:
+        """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
+        number = self.demand(self.to_run / name)
+        most = len(set(map(self.distinct, self.all_ids())))
+        if number > most:
+            reason = f'{shown(name)} asks for {number} {self.kind}s, and there {"are" if most != 1 else "is"} {most}'
+            run = self._claim(name, ())
+            if run:
+                log(reason)
+                self._launch(run, ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', reason])
+            return True
+        ids = self._lock_some(number)
+        for ident in self.all_ids():
+            reason = '' if ident in self._locks else self._reasons.get(ident, '')
+            if ids or not reason:
+                self._said.pop((self.kind, ident), None)
+            else:
+                self._say((self.kind, ident), f'{self._where([ident])} {reason}')
+        if ids:
+            self.run(name, *ids)
+        return bool(ids)
 
     def _collect(self) -> None:
         """Settle those of our runs that have ended."""
@@ -702,13 +769,14 @@ class ResourcePoolBase:
                 for ident in run.ids:
                     self.unlock(ident)
                 run.ids = ()  # from here on they may be another run's
+                self._ask_at.clear()  # they are free again, and with them perhaps all that the next script needs
                 if not filed:
                     continue
             else:
                 # Killed before it could write. The script may have survived that, and then holds its locks on: leave
                 # them to the kernel, and the run to `_settle_others`.
-                for ident in run.ids:
-                    os.close(self._locks.pop(ident))
+                for fd in (fd for ident in run.ids for fd in self._locks.pop(ident)):
+                    os.close(fd)
                 self._cut_off.add(run.name)
                 self._look_at = 0.0
             del self._runs[run.name]
@@ -790,9 +858,10 @@ class ResourcePoolBase:
             os.killpg(run.process.pid, signum)
 
     def _say(self, about: Hashable, text: str) -> None:
-        """Log `text` unless it is what was last said about this."""
-        if self._said.get(about) != text:
-            self._said[about] = text
+        """Log `text` unless it is what was last said about this, but for amounts of memory, which always change."""
+        gist = re.sub(r'[0-9.]+ [MG]iB', '', text)
+        if self._said.get(about) != gist:
+            self._said[about] = gist
             log(text)
 
     def _sum_up(self, seconds: float) -> int:
@@ -819,67 +888,408 @@ class FixedWorkerPool(ResourcePoolBase):
         return self.worker_ids
 
 
-# --- GPUs: those that NVML shows, and which of them nobody uses -----------------------------------------------------
+# --- GPUs: what the driver says of them, and which of them nobody uses -----------------------------------------------
+
+class GpuError(Exception):
+    """Why a GPU cannot be used, in the driver's words."""
+
+
+class DriverError(GpuError):
+    """Why none of them can be."""
+
+
+class Gpu:
+    """A GPU, or an instance of one in MIG mode. Where `error` is not empty, it cannot be used."""
+
+    def __init__(self, index: int, uuid: str, parent: str = '', error: str = '') -> None:
+        self.index, self.uuid, self.parent, self.error = index, uuid, parent, error
+        self.ident: Any = index  # what CUDA is told, and people
+
+
+class Nvml:
+    """The driver, by way of nvidia-ml-py. Raises ImportError without it, DriverError without a driver."""
+
+    def __init__(self) -> None:
+        import pynvml  # here, because a pool of another kind needs none
+        if not hasattr(pynvml, 'nvmlMemory_v2'):
+            raise ImportError('the module pynvml is too old')
+        self._nvml: Any = pynvml
+        self._up = False
+        self._blind = False
+
+    def _ask(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call an NVML function; raise DriverError if the driver is gone, NVMLError for anything else.
+
+        A driver that comes back has to be initialised again, and its old handles mean nothing then: so there are
+        none, a GPU is looked up by its UUID for each question.
+        """
+        nvml = self._nvml
+        try:
+            if not self._up:
+                nvml.nvmlInit()
+                self._up = True
+            return function(*args, **kwargs)
+        except nvml.NVMLError as error:
+            if not self._up or error.value in (
+                    nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED,
+                    nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH):
+                if self._up:
+                    with contextlib.suppress(nvml.NVMLError):
+                        nvml.nvmlShutdown()
+                self._up = False
+                raise DriverError(str(error)) from None
+            raise
+
+    def gpus(self) -> list[Gpu]:
+        """Return all GPUs, in NVML's order, those in MIG mode as their instances. Raises DriverError."""
+        nvml, ask = self._nvml, self._ask
+        found = []
+        try:
+            number = ask(nvml.nvmlDeviceGetCount)
+        except nvml.NVMLError as error:
+            raise DriverError(str(error)) from None
+        for index in range(number):
+            try:
+                handle = ask(nvml.nvmlDeviceGetHandleByIndex, index)
+                uuid = ask(nvml.nvmlDeviceGetUUID, handle)
+                instances = self._instances(handle)
+            except nvml.NVMLError as error:
+                found.append(Gpu(index, '', error=str(error)))
+                continue
+            if instances is None:
+                found.append(Gpu(index, uuid))
+            elif instances:
+                found += [Gpu(index, instance, uuid) for instance in instances]
+            else:
+                found.append(Gpu(index, uuid, error='is in MIG mode and has no instances (see nvidia-smi mig)'))
+        return found
+
+    def _instances(self, handle: Any) -> list[str] | None:
+        """Return the UUIDs of the MIG instances of a GPU, None if it is not in MIG mode. Raises NVMLError."""
+        nvml = self._nvml
+        try:
+            current, _ = self._ask(nvml.nvmlDeviceGetMigMode, handle)
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):  # most cards; drivers before 450
+            return None
+        if current != nvml.NVML_DEVICE_MIG_ENABLE:
+            return None
+        uuids = []
+        for index in range(self._ask(nvml.nvmlDeviceGetMaxMigDeviceCount, handle)):  # a capacity, with gaps
+            try:
+                instance = self._ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
+            except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
+                continue
+            uuids.append(self._ask(nvml.nvmlDeviceGetUUID, instance))
+        return uuids
+
+    def memory(self, gpu: Gpu) -> tuple[float, float]:
+        """Return the memory of a GPU in use, and all it has, in MiB. Raises GpuError."""
+        nvml = self._nvml
+        try:
+            handle = self._ask(nvml.nvmlDeviceGetHandleByUUID, gpu.uuid)
+            try:
+                memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle, version=nvml.nvmlMemory_v2)
+            except nvml.NVMLError_FunctionNotFound:  # drivers before 510, where what the driver reserves counts as used
+                memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
+        except nvml.NVMLError as error:
+            raise GpuError(str(error)) from None
+        return memory.used / 2**20, memory.total / 2**20
+
+    def pids(self, gpu: Gpu) -> list[int]:
+        """Return the pids of the compute processes on a GPU, as its driver counts them. Raises GpuError."""
+        nvml = self._nvml
+        for _ in range(5):  # the list can grow between the two calls that nvidia-ml-py makes
+            try:
+                handle = self._ask(nvml.nvmlDeviceGetHandleByUUID, gpu.uuid)
+                try:  # not the function without a version: it refuses to work on drivers before 510
+                    processes = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)
+                except nvml.NVMLError_FunctionNotFound:
+                    processes = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses_v2, handle)
+                return [process.pid for process in processes]
+            except nvml.NVMLError_InsufficientSize:
+                continue
+            except nvml.NVMLError_NotSupported:
+                if not self._blind:
+                    self._blind = True
+                    log(f'gpu {gpu.ident} does not tell its processes: its memory alone says whether it is free')
+                return []
+            except nvml.NVMLError as error:
+                raise GpuError(str(error)) from None
+        raise GpuError('its list of processes keeps growing')
+
+
+class NvidiaSmi:
+    """The driver, by way of the command nvidia-smi: slower, and without MIG. Raises DriverError where there is none."""
+
+    def gpus(self) -> list[Gpu]:
+        """Return all GPUs, in the order of nvidia-smi. Raises DriverError."""
+        try:
+            rows = self._csv('--query-gpu=index,uuid,mig.mode.current')
+        except DriverError:
+            rows = [[*row, ''] for row in self._csv('--query-gpu=index,uuid')]  # drivers before 450 know no MIG
+        found = []
+        for index, uuid, mig in rows:
+            error = '' if uuid.startswith('GPU-') else uuid
+            if mig == 'Enabled':
+                error = 'is in MIG mode, for which this needs nvidia-ml-py (pip install nvidia-ml-py)'
+            found.append(Gpu(int(index), uuid, error=error))
+        return found
+
+    def memory(self, gpu: Gpu) -> tuple[float, float]:
+        """Return the memory of a GPU in use, and all it has, in MiB. Raises GpuError."""
+        for row in self._csv('--query-gpu=memory.used,memory.total', '-i', gpu.uuid):
+            try:
+                used, total = map(float, row)
+                return used, total
+            except ValueError:
+                raise GpuError(' '.join(row)) from None
+        raise GpuError('not found')
+
+    def pids(self, gpu: Gpu) -> list[int]:
+        """Return the pids of the compute processes on a GPU. Raises GpuError."""
+        rows = self._csv('--query-compute-apps=gpu_uuid,pid', '-i', gpu.uuid)
+        try:
+            return [int(pid) for _, pid in rows]
+        except ValueError:
+            raise GpuError(f'nvidia-smi tells its processes as {rows[0]}') from None
+
+    def _csv(self, query: str, *args: str) -> list[list[str]]:
+        """Return the rows that nvidia-smi answers to a query. Raises DriverError with what it says instead."""
+        command = ['nvidia-smi', query, '--format=csv,noheader,nounits', *args]
+        try:
+            # In a session of its own, so that Ctrl-C in our terminal is not for it.
+            run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 text=True, errors='replace', timeout=30, start_new_session=True)
+        except OSError as error:
+            raise DriverError(f'nvidia-smi: {error.strerror}') from None
+        except subprocess.TimeoutExpired:
+            raise DriverError('nvidia-smi does not answer') from None
+        lines = [line for line in run.stdout.splitlines() if line.strip()]
+        if run.returncode:
+            raise DriverError(lines[0].strip() if lines else f'nvidia-smi: status {run.returncode}')
+        return [[field.strip() for field in line.split(',')] for line in lines]
+
+
+def find_driver() -> tuple[Nvml | NvidiaSmi, list[Gpu]]:
+    """Return the way to ask the driver, and its GPUs. Raises FastgpuError where there are none."""
+    instead = 'use --workers N to run without GPUs'
+    try:
+        driver: Nvml | NvidiaSmi = Nvml()
+    except ImportError:
+        driver = NvidiaSmi()
+        if not shutil.which('nvidia-smi'):
+            raise FastgpuError('no NVIDIA driver found (neither nvidia-ml-py, from pip install nvidia-ml-py, nor '
+                               f'nvidia-smi, from the driver, is here); {instead}') from None
+        log('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py')
+    try:
+        gpus = driver.gpus()
+    except DriverError as error:
+        raise FastgpuError(f'no NVIDIA driver found ({shown(error)}); {instead}') from None
+    if not gpus:
+        raise FastgpuError(f'the NVIDIA driver shows no GPU; {instead}')
+    return driver, gpus
+
+
+def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
+    """Return those of `gpus` that the value `listed` of CUDA_VISIBLE_DEVICES (None: not set) makes visible.
+
+    The grammar is CUDA's (CUDA C++ Programming Guide, "CUDA Environment Variables"): numbers, and UUIDs or unique
+    beginnings of them; the first entry that names no GPU ends the list. The number of a GPU in MIG mode stands for
+    all its instances. Sets the `ident` of the GPUs it returns: the UUID where a number could mislead CUDA. Raises
+    FastgpuError where nothing is visible, and for what is ambiguous or named twice.
+    """
+    chosen: list[Gpu] = []
+    entries = [] if listed is None else [entry.strip() for entry in listed.split(',')]
+    what = f'CUDA_VISIBLE_DEVICES={shown(listed)}'
+    for number, entry in enumerate(entries):
+        if re.fullmatch('[0-9]+', entry):
+            matches = [gpu for gpu in gpus if gpu.index == int(entry)]
+        elif entry.startswith(('GPU-', 'MIG-')):
+            matches = [gpu for gpu in gpus if gpu.uuid.startswith(entry) or gpu.parent.startswith(entry)]
+            devices = sorted({gpu.uuid if gpu.uuid.startswith(entry) else gpu.parent for gpu in matches})
+            if len(devices) > 1 and entry not in devices:
+                raise FastgpuError(f'{what}: {shown(entry)} could be ' + ' or '.join(devices))
+        else:
+            matches = []
+        if any(gpu in chosen for gpu in matches):
+            raise FastgpuError(f'{what} names {shown(entry)} twice')
+        if not matches:
+            if number and entries[number:] != ['']:
+                log(f'{what}: there is no GPU "{shown(entry)}"; it and all behind it are left out, as CUDA does')
+            break
+        chosen += matches
+    if listed is None:
+        chosen = gpus
+    elif not chosen:
+        raise FastgpuError(f'{what} hides all GPUs' + f' (there is no GPU "{shown(entries[0])}")' * bool(entries[0])
+                           + '; unset it, or use --workers N to run without GPUs')
+    by_uuid = any(gpu.parent or gpu.error for gpu in gpus) or any(entry[:4] in ('GPU-', 'MIG-') for entry in entries)
+    for gpu in chosen:
+        gpu.ident = gpu.uuid if by_uuid and gpu.uuid else gpu.index
+        if gpu.error:
+            log(f'gpu {gpu.ident} unusable: {gpu.error}')
+    usable = [gpu for gpu in chosen if not gpu.error]
+    if not usable:
+        raise FastgpuError('no GPU is usable: ' + '; '.join(f'gpu {gpu.ident}: {gpu.error}' for gpu in chosen))
+    return usable
+
+
+def gpus_wanted(script: StrPath) -> int:
+    """Return how many GPUs a script asks for in its #SBATCH lines, 1 where it does not.
+
+    They are those of sbatch(1): --gpus, -G, --gres=gpu and --gpus-per-node, in the comments above the first command.
+    Raises FastgpuError where one of them has no number.
+    """
+    wanted = {}
+    try:
+        with open(script, 'rb') as file:
+            head = file.read(1 << 16).decode('utf-8', 'replace')
+    except OSError:
+        return 1
+    for line in itertools.takewhile(lambda line: line.startswith('#') or not line.strip(), head.splitlines()):
+        asked = re.sub(r'\s#.*', '', line[7:]) if re.match(r'#SBATCH\s', line) else ''
+        for option, value in re.findall(r'\s(--gpus-per-node|--gpus|--gres|-G)(?:[=\s]\s*|(?=\d))(\S+)', asked):
+            numbers = []
+            for part in value.split(','):  # 2, a100:2; for --gres also gpu, gpu:a100, gpu:a100:2, and what is no GPU
+                *_, number = part.split(':')
+                if option != '--gres':
+                    numbers.append(number)
+                elif re.match('gpu(:|$)', part):
+                    numbers.append(number if number.isdecimal() else '1')
+            if not all(map(str.isdecimal, numbers)):
+                raise FastgpuError(f'its line "{shown(line.strip())}" does not say how many GPUs')
+            wanted[option] = sum(map(int, numbers))
+    return max([1, *wanted.values()])
+
+
+def memory_text(mib: float) -> str:
+    """Return an amount of memory as people read it: `512 MiB`, `23.1 GiB`."""
+    return f'{mib:.0f} MiB' if mib < 1024 else f'{mib / 1024:.1f} GiB'
+
+
+def process_text(pid: int) -> str:
+    """Return `pid 4121 (python, user 1001)`, or the pid alone where the rest cannot be seen, as in a container."""
+    try:
+        with open(f'/proc/{pid}/comm', errors='replace') as file:
+            return shown(f'pid {pid} ({file.read().strip()}, user {os.stat(f"/proc/{pid}").st_uid})')
+    except OSError:
+        return f'pid {pid}'
+
 
 class ResourcePoolGPU(ResourcePoolBase):
     """Runs scripts on the GPUs of this host, or on those of them that CUDA_VISIBLE_DEVICES lists.
 
-    A GPU is free while nobody locks it, no compute process is on it, and at most `max_used` MiB of its memory are
-    in use. Raises FastgpuError where there are no GPUs.
+    A GPU is free while nobody holds its lock, no compute process is on it, and at most `max_used` MiB of its memory
+    are in use. With `per_gpu` N, up to N scripts share one: each but the first needs 1/N of its memory to be free.
+    Raises FastgpuError where there are no GPUs.
     """
     kind = 'gpu'
 
-    def __init__(self, path: StrPath, max_used: float = 1024) -> None:
-        try:
-            import pynvml  # here, because a pool of another kind needs none
-        except ImportError:
-            raise FastgpuError('nvidia-ml-py is not installed (pip install nvidia-ml-py); '
-                               'use --workers N to run without GPUs') from None
-        self._nvml: Any = pynvml
-        try:
-            pynvml.nvmlInit()
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-            uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
-        except pynvml.NVMLError as error:
-            raise FastgpuError(f'no NVIDIA driver found ({error}); use --workers N to run without GPUs') from None
-        listed = os.environ.get('CUDA_VISIBLE_DEVICES')
-        try:
-            ids = range(len(handles)) if listed is None else [int(number) for number in listed.split(',')]
-            self._gpus = {ident: (handles[ident], uuids[ident]) for ident in ids}
-        except (ValueError, IndexError):
-            raise FastgpuError(f'CUDA_VISIBLE_DEVICES={shown(listed)} is no list of GPUs: this host has '
-                               f'{count(len(handles), "GPU")}, numbered from 0') from None
+    def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1) -> None:
+        self._driver, gpus = find_driver()
+        self._gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
         super().__init__(path)  # not before it is clear that there are GPUs: it makes folders
-        self.max_used = max_used
+        self.max_used, self.per_gpu = max_used, per_gpu
+        # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
+        self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in self._gpus}
+        self._shared: set[Any] = set()  # places on GPUs that others use at this moment
 
-    def all_ids(self) -> list[int]:
-        """Return the numbers of the GPUs, in NVML's order or in that of CUDA_VISIBLE_DEVICES."""
-        return list(self._gpus)
+    def all_ids(self) -> list[Any]:
+        """Return the GPUs: their numbers, in NVML's order or in that of CUDA_VISIBLE_DEVICES, or UUIDs."""
+        return list(self._places)
 
-    def lock_path(self, ident: int) -> Path:
-        """Return the lock file of a GPU, which all users of the host share."""
-        return Path(os.environ.get('FASTGPU_LOCK_DIR') or '/tmp', f'fastgpu-{self._gpus[ident][1]}.lock')
+    def demand(self, script: StrPath) -> int:
+        """Return how many GPUs the script asks for. Raises FastgpuError where it asks for no number of them."""
+        return gpus_wanted(script)
 
-    def environment(self, ident: int) -> dict[str, str]:
-        """Return FASTGPU_ID and what makes CUDA see this GPU alone, counted as NVML counts."""
-        return {**super().environment(ident), 'CUDA_VISIBLE_DEVICES': str(ident), 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
+    def distinct(self, ident: Any) -> Any:
+        """Return the GPU: a script that asks for two does not want two places on one."""
+        return self._places[ident][0]
 
-    def is_available(self, ident: int) -> bool:
-        """Return whether the GPU is free."""
+    def lock_path(self, ident: Any) -> Path:
+        """Return the lock file of a GPU, or of a place on one, which all users of the host share."""
+        gpu, n = self._places[ident]
+        return self._lock_file(f'{gpu.uuid}.{n}' if self.per_gpu > 1 else gpu.uuid)
+
+    def _lock_file(self, name: str) -> Path:
+        """Return the lock file of that name."""
+        return Path(os.environ.get('FASTGPU_LOCK_DIR') or '/tmp', f'fastgpu-{name}.lock'.replace('/', '_'))
+
+    def environment(self, *ids: Any) -> dict[str, str]:
+        """Return FASTGPU_ID and what makes CUDA see these GPUs alone, counted as NVML counts."""
+        gpus = ','.join(str(self._places[ident][0].ident) for ident in ids)
+        return {'FASTGPU_ID': gpus, 'CUDA_VISIBLE_DEVICES': gpus, 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
+
+    def is_available(self, ident: Any) -> bool:
+        """Return whether the GPU is free by what the driver says. Where it is not, the log tells why."""
         if not super().is_available(ident):
             return False
-        handle = self._gpus[ident][0]
+        gpu = self._places[ident][0]
         try:
-            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
-            used = self._nvml.nvmlDeviceGetMemoryInfo(handle, version=self._nvml.nvmlMemory_v2).used / 2**20
-        except self._nvml.NVMLError as error:
-            self._reasons[ident] = f'unusable: {error}'
+            used, total = self._driver.memory(gpu)
+            self._collect()  # a driver can take seconds for an answer, and a script may have ended meanwhile
+            pids = self._driver.pids(gpu)
+            self._collect()
+        except DriverError as error:
+            self._reasons[ident] = ''
+            self._say('driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
             return False
-        if processes:
-            self._reasons[ident] = 'busy: used by pid ' + ', '.join(str(process.pid) for process in processes)
-        elif used > self.max_used:
-            self._reasons[ident] = f'busy: {used:.0f} MiB in use'
-        return ident not in self._reasons
+        except GpuError as error:
+            self._reasons[ident] = f'unusable: {shown(error)}'
+            return False
+        if self._said.pop('driver', None):
+            log('the NVIDIA driver is back')
+        if ident in self._shared:
+            busy = total - used < total / self.per_gpu
+            rule = f'; one more script needs {memory_text(total / self.per_gpu)} of {memory_text(total)} free'
+        else:
+            busy = bool(pids) or used > self.max_used
+            rule = f'; free is up to {memory_text(self.max_used)}' if not pids else ''
+        if busy:
+            users = ', '.join(map(process_text, pids)) or 'no compute process'
+            self._reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
+        return not busy
+
+    # Several scripts per GPU. The lock of the GPU is then shared by those that have a place on it, and each place has
+    # a lock of its own. Who gets the GPU's lock exclusively knows that nobody has a place on it, asks whether the GPU
+    # is free, and shares the lock only then: so a shared one says that the GPU is used by none but us.
+
+    def _take(self, ident: Any) -> list[int] | None:
+        """Lock a place, and with several per GPU the GPU too: exclusively if it can be, else shared."""
+        fds = super()._take(ident)
+        if fds is None or self.per_gpu == 1:
+            return fds
+        path = self._lock_file(self._places[ident][0].uuid)
+        try:
+            fd = take_lock(path)
+            self._shared.discard(ident)
+            if fd is None:
+                fd = take_lock(path, fcntl.LOCK_SH)
+                self._shared.add(ident)
+        except OSError:
+            os.close(fds[0])
+            raise
+        if fd is None:
+            self._blame(ident, path)
+            os.close(fds[0])
+            return None
+        return [*fds, fd]
+
+    def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
+        """Lock and test as ever, then share the lock of the GPU with those who want another place on it."""
+        if not super()._try(ident, test, keep):
+            return False
+        if keep and self.per_gpu > 1 and ident not in self._shared:
+            fd = self._locks[ident][1]
+            try:
+                # flock(2): not one step. In between somebody else may get it, and then we have not.
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.unlock(ident)
+                return False
+            with contextlib.suppress(OSError):
+                write_all(fd, shown(f'shared by scripts of user {os.getuid()} ({self.path})'))
+        return True
 
 
 # --- Command --------------------------------------------------------------------------------------------------------
@@ -900,11 +1310,14 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument('--exit', type=int, default=1, choices=(0, 1), metavar='EXIT',
                         help='Exit when `to_run` is empty (default: 1)')
     parser.add_argument('--workers', type=positive, metavar='N', help='use N plain slots instead of GPUs')
+    parser.add_argument('--max-used', type=float, default=1024, metavar='MIB',
+                        help='a GPU with more MiB in use is busy (default: 1024)')
+    parser.add_argument('--per-gpu', type=positive, default=1, metavar='N', help='run up to N scripts on a GPU')
     parser.add_argument('--version', action='version', version=f'fastgpu {__version__}')
     options = parser.parse_args(args)
     try:
         pool: ResourcePoolBase = (FixedWorkerPool(range(options.workers), options.path) if options.workers
-                                  else ResourcePoolGPU(options.path))
+                                  else ResourcePoolGPU(options.path, options.max_used, options.per_gpu))
     except (FastgpuError, OSError) as error:
         print(f'fastgpu_poll: {explain(error)}', file=sys.stderr)
         return 2
@@ -917,13 +1330,6 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:
         print(f'fastgpu_poll: {explain(error)}; what runs goes on, and the next fastgpu_poll files it', file=sys.stderr)
         return 1
-
-
-def explain(error: Exception) -> str:
-    """Return what an error says, for people: an OSError as `file: reason`."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return shown(f'{os.fsdecode(error.filename)}: {error.strerror}')
-    return shown(error)
 
 
 if __name__ == '__main__':

@@ -79,6 +79,14 @@ class Queue:
         assert 'Traceback' not in poller.log()
         return status, poller.log()
 
+    def let_look(self, poller):
+        """Wait until `poller` has looked through to_run, from the first name to the last, since this was called."""
+        for name in '!1', '!2':  # it names what is not executable when it comes by
+            self.add(name, mode=0o644)
+            until(lambda name=name: f'/to_run/{name} waits' in poller.log())
+        for name in '!1', '!2':
+            (self.path / 'to_run' / name).unlink()
+
     def names(self, folder):
         return sorted(os.listdir(self.path / folder))
 
@@ -817,17 +825,36 @@ def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
 # --- GPUs: the real nvidia-ml-py on a fake driver library ------------------------------------------------------------
 
 FAKE_DRIVER = '''
-import ctypes, json, os, pynvml
+import ctypes, json, os, time, pynvml
 
 class Driver:
-    """What libnvidia-ml.so.1 would export, with the state of the file that FAKE_DRIVER names."""
+    "What libnvidia-ml.so.1 would export, with the state of the file that FAKE_DRIVER names."
+
+    def __getattribute__(self, name):
+        if name in object.__getattribute__(self, 'state')().get('missing', []):
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
 
     def state(self):
         with open(os.environ['FAKE_DRIVER']) as file:
             return json.load(file)
 
-    def gpu(self, handle):
-        return self.state()['gpus'][ctypes.cast(handle, ctypes.c_void_p).value - 0x1000]
+    def answer(self, name, device):
+        "Count the call, take the time it takes, and return what it is to return."
+        with open(os.environ['FAKE_DRIVER'] + '.calls', 'a') as file:
+            file.write(f"{name} {device.get('uuid', '-')} {time.monotonic()}\\n")
+        time.sleep(device.get('delay', 0))
+        return device.get(name, 0)
+
+    def device(self, handle):
+        "A GPU has the handle 0x100, 0x200, ..., its MIG instances those that follow."
+        number, instance = divmod(ctypes.cast(handle, ctypes.c_void_p).value, 0x100)
+        gpu = self.state()['gpus'][number - 1]
+        return gpu['mig'][instance - 1] if instance else gpu
+
+    def point(self, handle, value):
+        ctypes.cast(handle, ctypes.POINTER(ctypes.c_void_p))[0] = value
+        return 0
 
     def nvmlInitWithFlags(self, flags):
         return self.state().get('init', 0)
@@ -837,34 +864,59 @@ class Driver:
 
     def nvmlDeviceGetCount_v2(self, number):
         number._obj.value = len(self.state()['gpus'])
-        return 0
+        return self.state().get('count', 0)
 
     def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
-        gpus = self.state()['gpus']
-        if index.value >= len(gpus):
-            return pynvml.NVML_ERROR_INVALID_ARGUMENT
-        ctypes.cast(handle, ctypes.POINTER(ctypes.c_void_p))[0] = 0x1000 + index.value
-        return gpus[index.value].get('handle', 0)
+        self.point(handle, 0x100 * (index.value + 1))
+        return self.state()['gpus'][index.value].get('handle', 0)
+
+    def nvmlDeviceGetHandleByUUID(self, uuid, handle):
+        if self.state().get('gone'):
+            return self.state()['gone']
+        for number, gpu in enumerate(self.state()['gpus'], 1):
+            for instance, device in enumerate([gpu, *gpu.get('mig', [])]):
+                if device and device['uuid'].encode() == uuid.value:
+                    return self.point(handle, 0x100 * number + instance)
+        return pynvml.NVML_ERROR_NOT_FOUND
 
     def nvmlDeviceGetUUID(self, handle, text, size):
-        text.value = self.gpu(handle)['uuid'].encode()
+        text.value = self.device(handle)['uuid'].encode()
         return 0
 
+    def nvmlDeviceGetMigMode(self, handle, current, pending):
+        current._obj.value = int('mig' in self.device(handle))
+        return 0 if current._obj.value else self.device(handle).get('migmode', pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle, number):
+        number._obj.value = 7
+        return 0
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle, index, instance):
+        instances = self.device(handle)['mig']
+        if index.value >= len(instances) or not instances[index.value]:
+            return pynvml.NVML_ERROR_NOT_FOUND
+        return self.point(instance, ctypes.cast(handle, ctypes.c_void_p).value + index.value + 1)
+
     def nvmlDeviceGetMemoryInfo_v2(self, handle, memory):
-        gpu = self.gpu(handle)
-        memory._obj.total, memory._obj.used = gpu.get('total', 80 * 1024) << 20, gpu.get('used', 500) << 20
-        return gpu.get('memory', 0)
+        device = self.device(handle)
+        if 'mig' in device:
+            return pynvml.NVML_ERROR_NO_PERMISSION
+        memory._obj.total, memory._obj.used = device.get('total', 80 * 1024) << 20, device.get('used', 500) << 20
+        return self.answer('memory', device)
+
+    nvmlDeviceGetMemoryInfo = nvmlDeviceGetMemoryInfo_v2
 
     def nvmlDeviceGetComputeRunningProcesses_v3(self, handle, number, processes):
-        gpu = self.gpu(handle)
-        pids = gpu.get('pids', [])
-        if number._obj.value < len(pids):
-            number._obj.value = len(pids)
+        device = self.device(handle)
+        pids = device.get('pids', [])
+        room, number._obj.value = number._obj.value, len(pids)
+        if room < len(pids) or device.get('grows'):
             return pynvml.NVML_ERROR_INSUFFICIENT_SIZE
-        number._obj.value = len(pids)
-        for process, (pid, used) in zip(processes or [], pids):
-            process.pid, process.usedGpuMemory = pid, used << 20
-        return gpu.get('processes', 0)
+        for process, pid in zip(processes or [], pids):
+            process.pid, process.usedGpuMemory = pid, 300 << 20
+        return self.answer('processes', device)
+
+    nvmlDeviceGetComputeRunningProcesses_v2 = nvmlDeviceGetComputeRunningProcesses_v3
 
 pynvml.nvmlLib = Driver()
 pynvml._nvmlGetFunctionPointer_cache.clear()
@@ -891,12 +943,27 @@ class Gpus:
         exec(FAKE_DRIVER, {})
 
     def have(self, number):
-        self.gpus = [{'uuid': f'GPU-{n:08}-aaaa-bbbb-cccc-0123456789ab'} for n in range(number)]
+        self.set(*({'uuid': f'GPU-{n:08}-aaaa-bbbb-cccc-0123456789ab'} for n in range(number)))
+
+    def set(self, *gpus, **state):
+        """Make these the GPUs, and this the state of the driver."""
+        self.gpus = list(gpus)
+        self.save(**state)
+
+    def change(self, number, **state):
+        """Change the state of one GPU."""
+        self.gpus[number].update(state)
         self.save()
 
     def save(self, **state):
         self.file.with_suffix('.new').write_text(json.dumps({'gpus': self.gpus, **state}))
         os.rename(self.file.with_suffix('.new'), self.file)
+
+    def calls(self, name):
+        """Return the times of the calls of that name for a device, as [(uuid, seconds)]."""
+        file = Path(f'{self.file}.calls')
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [(uuid, float(seconds)) for call, uuid, seconds in map(str.split, lines) if call == name]
 
 
 @pytest.fixture
@@ -933,31 +1000,18 @@ def test_cuda_visible_devices_limits_the_gpus_and_keeps_their_numbers(gpus, queu
     assert [queue.out(f'{name}.stdout') for name in 'ab'] == ['3 3 PCI_BUS_ID\n', '2 2 PCI_BUS_ID\n']
 
 
-@pytest.mark.parametrize('state', [{'pids': [[4121, 300]]}, {'used': 1025}, {'memory': 15}, {'processes': 15}])
+@pytest.mark.parametrize('state', [{'pids': [4121]}, {'used': 1025}, {'memory': 15}, {'processes': 15},
+                                   {'grows': True}])
 def test_a_gpu_in_use_or_in_doubt_is_busy(gpus, queue, state):
     pool = ResourcePoolGPU(queue.path)
-    gpus.gpus[0].update(state)
-    gpus.save()
+    gpus.change(0, **state)
     assert not pool.is_available(0)
     assert pool.lock_next() == 1
 
 
 def test_a_gpu_with_1024_mib_in_use_is_free(gpus, queue):
-    gpus.gpus[0]['used'] = 1024
-    gpus.save()
+    gpus.change(0, used=1024)
     assert ResourcePoolGPU(queue.path).find_next() == 0
-
-
-def test_a_script_waits_for_a_gpu_and_the_log_says_why(gpus, queue):
-    gpus.gpus[0].update(pids=[[4121, 300]])
-    gpus.gpus[1].update(memory=15)
-    gpus.save()
-    queue.add('a.sh')
-    poller = queue.start('--exit', '1')
-    until(lambda: 'gpu 0 busy: used by pid 4121\n' in poller.log() and 'gpu 1 unusable: GPU is lost\n' in poller.log())
-    gpus.have(2)
-    assert poller.wait(30) == 0
-    assert poller.log().count('pid 4121') == 1
 
 
 def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
@@ -1011,12 +1065,472 @@ def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.parametrize('listed', ['', 'x', '0,7'])
-def test_a_list_of_gpus_that_is_none_is_refused(gpus, queue, monkeypatch, listed):
+# --- GPUs: which of them, CUDA_VISIBLE_DEVICES -----------------------------------------------------------------------
+
+A, B, C = 'GPU-aaaa1111-0', 'GPU-aaaa2222-0', 'GPU-cccc3333-0'
+
+
+@pytest.mark.parametrize(('listed', 'ids'), [
+    (None, [0, 1, 2]), ('2,0', [2, 0]), (' 1 , 2 ', [1, 2]), ('1,-1,2', [1]), ('1,,2', [1]), ('2,9,0', [2]),
+    ('0,x', [0]), ('2,1,', [2, 1]),
+    (A, [A]), ('GPU-aaaa1', [A]), ('GPU-c,GPU-aaaa2', [C, B]), (f'1,{C}', [B, C]), (f'{B},GPU-d,{A}', [B]),
+])
+def test_cuda_visible_devices_has_cudas_grammar(gpus, queue, monkeypatch, capsys, listed, ids):
+    gpus.set({'uuid': A}, {'uuid': B}, {'uuid': C})
+    if listed is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.all_ids() == ids
+    assert pool.environment(ids[0])['CUDA_VISIBLE_DEVICES'] == str(ids[0])
+    ends_early = re.search('9|x|GPU-d|-1|,,', listed or '')
+    assert ('left out, as CUDA does' in capsys.readouterr().err) == bool(ends_early)
+
+
+@pytest.mark.parametrize(('listed', 'words'), [
+    ('', 'CUDA_VISIBLE_DEVICES= hides all GPUs; unset it, or use --workers N'),
+    ('-1', 'CUDA_VISIBLE_DEVICES=-1 hides all GPUs (there is no GPU "-1"); unset it'),
+    ('NoDevFiles', 'hides all GPUs (there is no GPU "NoDevFiles")'),
+    ('7,0', 'hides all GPUs (there is no GPU "7")'),
+    ('GPU-aaaa', f'CUDA_VISIBLE_DEVICES=GPU-aaaa: GPU-aaaa could be {A} or {B}'),
+    ('0,1,0', 'CUDA_VISIBLE_DEVICES=0,1,0 names 0 twice'),
+    (f'0,{A}', f'names {A} twice'),
+    ('\x1b[31m', r'CUDA_VISIBLE_DEVICES=\x1b[31m hides all'),
+])
+def test_a_list_that_shows_no_gpu_or_is_unclear_is_refused_in_one_line(gpus, tmp_path, monkeypatch, listed, words):
+    gpus.set({'uuid': A}, {'uuid': B}, {'uuid': C})
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
-    with pytest.raises(FastgpuError, match=f'CUDA_VISIBLE_DEVICES={listed} is no list of GPUs: this host has 2 GPUs'):
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert words in run.stderr
+    assert run.stderr.count('\n') == 1
+
+
+def test_a_gpu_has_one_lock_whatever_its_number_is_for_whom(gpus, tmp_path, monkeypatch):
+    gpus.have(2)
+    mine = ResourcePoolGPU(tmp_path / 'q1')
+    assert mine.lock(1)
+    gpus.set(gpus.gpus[1])  # a container that sees the second GPU alone
+    assert ResourcePoolGPU(tmp_path / 'q2').find_next() is None
+    mine.unlock(1)
+    assert ResourcePoolGPU(tmp_path / 'q2').find_next() == 0
+
+
+# --- GPUs: MIG, and such as do not work ------------------------------------------------------------------------------
+
+def mig_box(gpus):
+    """A plain GPU, one in MIG mode with three instances and a gap, and one in MIG mode with none."""
+    instances = [{'uuid': 'MIG-1', 'total': 10240}, None, {'uuid': 'MIG-2'}, {'uuid': 'MIG-3'}]
+    gpus.set({'uuid': A}, {'uuid': B, 'mig': instances}, {'uuid': C, 'mig': []})
+
+
+def test_instances_of_a_gpu_in_mig_mode_are_the_resources(gpus, queue, capsys):
+    mig_box(gpus)
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.all_ids() == [A, 'MIG-1', 'MIG-2', 'MIG-3']
+    assert f'gpu {C} unusable: is in MIG mode and has no instances' in capsys.readouterr().err
+    assert [pool.lock_next() for _ in range(5)] == [A, 'MIG-1', 'MIG-2', 'MIG-3', None]
+    assert pool.environment('MIG-2')['CUDA_VISIBLE_DEVICES'] == 'MIG-2'
+    assert sorted(os.listdir(gpus.locks)) == sorted(f'fastgpu-{uuid}.lock' for uuid in pool.all_ids())
+
+
+def test_an_instance_is_busy_by_itself(gpus, queue):
+    mig_box(gpus)
+    gpus.gpus[1]['mig'][0]['pids'] = [4121]
+    gpus.gpus[1]['mig'][2]['used'] = 2000
+    gpus.save()
+    pool = ResourcePoolGPU(queue.path)
+    assert [ident for ident in pool.all_ids() if pool.is_available(ident)] == [A, 'MIG-3']
+
+
+@pytest.mark.parametrize(('listed', 'ids'), [
+    ('1', ['MIG-1', 'MIG-2', 'MIG-3']), (B, ['MIG-1', 'MIG-2', 'MIG-3']), ('MIG-2', ['MIG-2']),
+    ('MIG-3,0', ['MIG-3', A]),
+])
+def test_cuda_visible_devices_names_instances(gpus, queue, monkeypatch, listed, ids):
+    mig_box(gpus)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+    assert ResourcePoolGPU(queue.path).all_ids() == ids
+
+
+def test_an_instance_of_an_old_driver_has_a_lock_file_too(gpus, queue):
+    gpus.set({'uuid': B, 'mig': [{'uuid': f'MIG-{B}/1/0'}]})
+    assert ResourcePoolGPU(queue.path).lock_next() == f'MIG-{B}/1/0'
+    assert os.listdir(gpus.locks) == [f'fastgpu-MIG-{B}_1_0.lock']
+
+
+def test_a_gpu_that_fails_is_left_out_and_the_others_go_by_uuid(gpus, queue, capsys):
+    gpus.set({'uuid': A}, {'uuid': B, 'handle': 15}, {'uuid': C, 'migmode': 4})
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.all_ids() == [A]
+    err = capsys.readouterr().err
+    assert 'gpu 1 unusable: GPU is lost\n' in err
+    assert 'gpu 2 unusable: Insufficient Permissions\n' in err
+    gpus.set({'uuid': A, 'handle': 15})
+    with pytest.raises(FastgpuError, match='no GPU is usable: gpu 0: GPU is lost'):
         ResourcePoolGPU(queue.path)
 
+
+# --- GPUs: free or busy, and why -------------------------------------------------------------------------------------
+
+def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, queue):
+    gpus.have(4)
+    me = f'pid {os.getpid()} ({Path("/proc/self/comm").read_text().strip()}, user {os.getuid()})'
+    gpus.gpus[0].update(used=23654, pids=[os.getpid(), 2**22 + 1])
+    gpus.gpus[1].update(memory=15)
+    gpus.gpus[2].update(used=1100)
+    gpus.gpus[3].update(grows=True)
+    gpus.save()
+    queue.add('a.sh')
+    poller = queue.start('--exit', '1')
+    for line in (f'gpu 0 busy: 23.1 GiB used by {me}, pid {2**22 + 1}', 'gpu 1 unusable: GPU is lost',
+                 'gpu 2 busy: 1.1 GiB used by no compute process; free is up to 1.0 GiB',
+                 'gpu 3 unusable: its list of processes keeps growing'):
+        until(lambda line=line: f'{line}\n' in poller.log(), line)
+    asked = len(gpus.calls('memory'))
+    gpus.change(0, used=24000)
+    until(lambda: len(gpus.calls('memory')) > asked + 8)  # each of them once more
+    gpus.change(0, used=900, pids=[2**22 + 2])
+    until(lambda: f'gpu 0 busy: 900 MiB used by pid {2**22 + 2}\n' in poller.log())
+    assert len(re.findall(' gpu ', poller.log())) == 5
+    gpus.have(4)
+    assert poller.wait(30) == 0
+    assert ' gpu 0: start a.sh' in poller.log()
+
+
+def test_max_used_is_an_option(gpus, queue):
+    gpus.have(1)
+    gpus.change(0, used=2000)
+    queue.add('a.sh')
+    assert queue.poll('--max-used', '2000')[0] == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_a_lock_that_is_not_one_makes_its_gpu_unusable_and_not_the_others(gpus, queue):
+    (gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock').symlink_to('/etc/passwd')
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.lock_next() == 1
+    assert pool._reasons[0].startswith('unusable: ')
+
+
+def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
+    poller = queue.start('--exit', '0')
+    queue.add('a.sh')
+    until(lambda: queue.names('complete') == ['a.sh'])
+    assert len(gpus.calls('memory')) == 1
+    queue.let_look(poller)
+    assert len(gpus.calls('memory')) == 1
+    gpus.change(0, used=5000)
+    gpus.change(1, used=5000)
+    queue.add('b.sh')
+    until(lambda: len(gpus.calls('memory')) >= 7)
+    for gpu in gpus.gpus:
+        times = [seconds for uuid, seconds in gpus.calls('memory')[1:] if uuid == gpu['uuid']]
+        assert all(later - earlier >= 0.99 for earlier, later in zip(times, times[1:]))
+    assert poller.poll() is None
+
+
+def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
+    gpus.have(1)
+    for n in range(8):
+        queue.add(f'{n}.sh', 'sleep 0.1')
+    poller = queue.start('--exit', '1')
+    assert poller.wait(30) == 0
+    runs = [queue.record(f'{n}.sh') for n in range(8)]
+    gaps = sorted(after['started'] - before['finished'] for before, after in zip(runs, runs[1:]))
+    assert gaps[4] < 1  # the median: no wait for the next second
+
+
+def test_a_slow_driver_delays_the_notice_of_an_end_by_one_call_at_most(gpus, queue):
+    gpus.have(4)
+    for n in range(1, 4):
+        gpus.gpus[n].update(delay=0.5, pids=[1])
+    gpus.save()
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--exit', '1')
+    until(lambda: len(gpus.calls('processes')) > 2)
+    queue.open_gate()
+    until(lambda: queue.names('complete'))
+    ended = (queue.path / 'out' / 'a.sh.exitcode').stat().st_mtime
+    noticed = (queue.path / 'complete').stat().st_mtime
+    calls = [at + time.time() - time.monotonic() for name in ('memory', 'processes') for _, at in gpus.calls(name)]
+    assert len([at for at in calls if ended < at < noticed]) <= 1
+    assert poller.wait(60) == 0
+
+
+# --- GPUs: old drivers, and such as come and go ----------------------------------------------------------------------
+
+@pytest.mark.parametrize('missing', [['nvmlDeviceGetMemoryInfo_v2'], ['nvmlDeviceGetComputeRunningProcesses_v3'],
+                                     ['nvmlDeviceGetMemoryInfo_v2', 'nvmlDeviceGetComputeRunningProcesses_v3',
+                                      'nvmlDeviceGetMigMode']])
+def test_drivers_without_the_newer_functions_serve(gpus, queue, missing):
+    gpus.change(0, pids=[4121])
+    gpus.save(missing=missing)
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.lock_next() == 1
+    assert 'pid 4121' in pool._reasons[0]
+
+
+def test_a_driver_without_any_list_of_processes_is_unusable(gpus, queue):
+    gpus.save(missing=['nvmlDeviceGetComputeRunningProcesses_v3', 'nvmlDeviceGetComputeRunningProcesses_v2'])
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.lock_next() is None
+    assert pool._reasons[0] == 'unusable: Function Not Found'
+
+
+def test_where_processes_are_not_told_memory_decides_with_one_warning(gpus, queue, capsys):
+    gpus.gpus[0].update(processes=3, used=2000)
+    gpus.gpus[1].update(processes=3)
+    gpus.save()
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.lock_next() == 1
+    assert capsys.readouterr().err.count('does not tell its processes') == 1
+
+
+@pytest.mark.parametrize(('gone', 'words'), [(1, 'Uninitialized'), (9, 'Driver Not Loaded'),
+                                             (18, 'NVML/RM version mismatch')])
+def test_a_driver_that_goes_is_told_once_and_used_again_when_it_is_back(gpus, queue, gone, words):
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.names('running') == ['a.sh'])
+    gpus.save(gone=gone, init=gone)
+    queue.add('b.sh')
+    until(lambda: words in poller.log())
+    queue.open_gate()
+    until(lambda: queue.names('complete') == ['a.sh'])
+    gpus.save(init=gone)
+    assert queue.names('to_run') == ['b.sh']
+    gpus.save()
+    assert poller.wait(30) == 0
+    assert poller.log().count(words) == 1
+    assert 'nothing starts until it is back' in poller.log()
+    assert 'the NVIDIA driver is back\n' in poller.log()
+
+
+def test_a_gpu_that_is_lost_later_is_unusable_while_the_others_go_on(gpus, queue):
+    pool = ResourcePoolGPU(queue.path)
+    gpus.gpus[0]['uuid'] = 'GPU-another'
+    gpus.save()
+    assert pool.lock_next() == 1
+    assert pool._reasons[0] == 'unusable: Not Found'
+
+
+def test_no_gpus_is_one_line(gpus, tmp_path):
+    gpus.set()
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path / 'new')], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == 'fastgpu_poll: the NVIDIA driver shows no GPU; use --workers N to run without GPUs\n'
+
+
+# --- GPUs: without nvidia-ml-py, through nvidia-smi ------------------------------------------------------------------
+
+FAKE_SMI = r"""#!/bin/sh
+# Answers from files: gpus, and for each GPU memory.UUID and apps.UUID.
+cd {path}
+[ -e broken ] && {{ cat broken; exit 9; }}
+case "$*" in
+*--query-gpu=index,uuid,mig*)
+    [ -e old ] && {{ echo 'Field "mig.mode.current" is not a valid field to query.'; exit 2; }}
+    cat gpus ;;
+*--query-gpu=index,uuid*) sed 's/, [^,]*$//' gpus ;;
+*--query-gpu=memory*) cat "memory.$4" ;;
+*--query-compute-apps*) cat "apps.$4" ;;
+esac
+"""
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """A box with nvidia-smi for two GPUs, and without nvidia-ml-py; returns the folder of its answers."""
+    path = tmp_path / 'smi'
+    (path / 'bin').mkdir(parents=True)
+    (path / 'bin' / 'nvidia-smi').write_text(FAKE_SMI.format(path=path))
+    (path / 'bin' / 'nvidia-smi').chmod(0o755)
+    (path / 'site').mkdir()
+    (path / 'site' / 'pynvml.py').write_text('raise ImportError')
+    monkeypatch.setenv('PATH', f'{path}/bin:{os.environ["PATH"]}')
+    monkeypatch.setenv('PYTHONPATH', str(path / 'site'))
+    monkeypatch.setenv('FASTGPU_LOCK_DIR', str(tmp_path))
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    (path / 'gpus').write_text(f'0, {A}, [N/A]\n1, {B}, Disabled\n')
+    for uuid in A, B:
+        (path / f'memory.{uuid}').write_text('3, 81559\n')
+        (path / f'apps.{uuid}').touch()
+    return path
+
+
+@pytest.mark.parametrize('old', [False, True])
+def test_nvidia_smi_serves_and_is_said_to_once(smi, queue, old):
+    if old:
+        (smi / 'old').touch()
+    for name in 'ab':
+        queue.add(name, SEES)
+    status, log = queue.poll('--exit', '1')
+    assert status == 0
+    assert log.count('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py\n') == 1
+    assert queue.out('a.stdout') == '0 0 PCI_BUS_ID\n'
+
+
+def test_nvidia_smi_has_the_same_rule_and_the_same_messages(smi, queue):
+    (smi / f'memory.{A}').write_text('23654, 81559\n')
+    (smi / f'apps.{A}').write_text(f'{A}, {2**22 + 1}\n')
+    (smi / f'memory.{B}').write_text('[GPU is lost], [GPU is lost]\n')
+    queue.add('a.sh')
+    poller = queue.start('--exit', '1')
+    until(lambda: f'gpu 0 busy: 23.1 GiB used by pid {2**22 + 1}\n' in poller.log())
+    until(lambda: 'gpu 1 unusable: [GPU is lost] [GPU is lost]\n' in poller.log())
+    (smi / f'memory.{B}').write_text('1025, 81559\n')
+    until(lambda: 'gpu 1 busy: 1.0 GiB used by no compute process; free is up to 1.0 GiB\n' in poller.log())
+    (smi / 'broken').write_text('NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver.\n')
+    until(lambda: 'the NVIDIA driver is gone (NVIDIA-SMI has failed' in poller.log())
+    (smi / 'broken').unlink()
+    until(lambda: 'the NVIDIA driver is back' in poller.log())
+    (smi / f'memory.{B}').write_text('3, 81559\n')
+    assert poller.wait(30) == 0
+
+
+def test_a_gpu_in_mig_mode_is_not_used_through_nvidia_smi(smi, queue):
+    (smi / 'gpus').write_text(f'0, {A}, Enabled\n1, {B}, Disabled\n')
+    queue.add('a.sh', SEES)
+    status, log = queue.poll('--exit', '1')
+    assert status == 0
+    assert 'gpu ' + A + ' unusable: is in MIG mode, for which this needs nvidia-ml-py' in log
+    assert queue.out('a.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'
+
+
+def test_without_both_one_line_tells_both_remedies(smi, queue, monkeypatch):
+    (smi / 'bin' / 'nvidia-smi').unlink()
+    if shutil.which('nvidia-smi'):
+        pytest.skip('a real nvidia-smi is here')
+    status, log = queue.poll('--exit', '1')
+    assert status == 2
+    assert log == ('fastgpu_poll: no NVIDIA driver found (neither nvidia-ml-py, from pip install nvidia-ml-py, nor '
+                   'nvidia-smi, from the driver, is here); use --workers N to run without GPUs\n')
+
+
+# --- GPUs: several per script ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(('head', 'number'), [
+    ('#SBATCH --gpus=2', 2), ('#SBATCH --gpus 2', 2), ('#SBATCH -G 3', 3), ('#SBATCH -G3', 3),
+    ('#SBATCH --gres=gpu:2', 2), ('#SBATCH --gres gpu:a100:2', 2),
+    ('#SBATCH --gres=gpu', 1), ('#SBATCH --gres=gpu:a100', 1),
+    ('#SBATCH --gres=gpu:1080:2,shard:4', 2), ('#SBATCH --gres=shard:4', 1), ('#SBATCH --gres=gpu:a:1,gpu:b:2', 3),
+    ('#SBATCH --gpus=a100:2,v100:1', 3), ('#SBATCH --gpus-per-node=4', 4), ('#SBATCH --gpus-per-node=h100:4', 4),
+    ('#SBATCH --time=4:00:00 --gpus=2 --mem=8G', 2), ('#SBATCH --gpus=2 # or -G 3', 2), ('#SBATCH --gpus=0', 1),
+    ('#SBATCH --gpus=2\n#SBATCH --gpus=1', 1), ('#SBATCH --gpus=2\n#SBATCH --gres=gpu:1', 2),
+    ('# a comment\n\n#SBATCH --gpus=2', 2), ('echo\n#SBATCH --gpus=2', 1), ('##SBATCH --gpus=2', 1),
+    ('# SBATCH --gpus=2', 1), ('#SBATCH --cpus-per-gpu=2', 1), ('#SBATCH --gpus-per-task=2', 1),
+    ('#SBATCHX --gpus=2', 1), ('', 1), ('\x7fELF', 1),
+])
+def test_gpus_are_asked_for_as_of_slurm(queue, head, number):
+    assert fastgpu.gpus_wanted(queue.add('a.sh', head)) == number
+    assert fastgpu.gpus_wanted(queue.path / 'nowhere') == 1
+
+
+def test_a_script_gets_all_the_gpus_it_asks_for_or_waits_and_so_do_those_behind(gpus, queue):
+    gpus.have(3)
+    queue.add('1', queue.gate())
+    queue.add('2', f'#SBATCH --gpus=3\n{SEES}')
+    queue.add('3', SEES)
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.names('running') == ['1'])
+    queue.let_look(poller)
+    assert queue.all() == {'1': 'running', '2': 'to_run', '3': 'to_run'}
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert queue.out('2.stdout') == '0,1,2 0,1,2 PCI_BUS_ID\n'
+    assert queue.record('2')['ids'] == [0, 1, 2]
+    assert queue.record('3')['started'] >= queue.record('2')['finished']
+    assert ' gpu 0,1,2: start 2\n' in poller.log()
+
+
+def test_more_gpus_than_there_are_fails_at_once_and_says_so(gpus, queue):
+    queue.add('a.sh', '#SBATCH -G 5')
+    queue.add('b.sh', '#SBATCH -G two')
+    queue.add('c.sh')
+    status, log = queue.poll('--exit', '1')
+    assert status == 1
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'to_run', 'c.sh': 'complete'}
+    assert queue.out('a.sh.stderr') == 'fastgpu: a.sh asks for 5 gpus, and there are 2\n'
+    assert queue.out('a.sh.exitcode') == '1'
+    assert 'a.sh asks for 5 gpus, and there are 2\n' in log
+    assert 'left in to_run: b.sh (its line "#SBATCH -G two" does not say how many GPUs)' in log
+
+
+def test_pollers_that_want_all_gpus_do_not_block_each_other(gpus, tmp_path):
+    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
+    held = tmp_path / 'held'
+    for queue in queues:
+        for n in range(6):
+            queue.add(f'{n}', f'#SBATCH --gpus=2\nmkdir {held} || exit 1; sleep 0.02; rmdir {held}')
+    pollers = [queue.start('--exit', '1') for queue in queues]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+
+
+# --- GPUs: several scripts per GPU -----------------------------------------------------------------------------------
+
+def test_per_gpu_runs_so_many_scripts_on_each_and_fills_the_gpus_first(gpus, queue):
+    for name in 'abcde':
+        queue.add(name, SEES + '; ' + queue.gate())
+    poller = queue.start('--per-gpu', '2')
+    until(lambda: all(queue.has_out(f'{name}.stdout') for name in 'abcd'))
+    assert queue.names('to_run') == ['e']
+    assert [queue.out(f'{name}.stdout').split()[0] for name in 'abcd'] == ['0', '1', '0', '1']
+    assert [queue.record(name)['ids'] for name in 'abcd'] == [[0], [1], ['0.1'], ['1.1']]
+    queue.open_gate()
+    assert poller.wait(30) == 0
+
+
+def test_a_further_script_needs_its_share_of_memory_and_the_first_a_free_gpu(gpus, queue):
+    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
+    pool = ResourcePoolGPU(queue.path, per_gpu=2)
+    assert pool.lock_next() is None
+    assert pool._reasons[0] == 'busy: 2.9 GiB used by no compute process; free is up to 1.0 GiB'
+    gpus.change(0, used=100)
+    assert pool.lock_next() == 0
+    gpus.change(0, used=5121, pids=[4121])
+    assert pool.lock_next() is None
+    assert pool._reasons['0.1'] == ('busy: 5.0 GiB used by pid 4121; '
+                                    'one more script needs 5.0 GiB of 10.0 GiB free')
+    gpus.change(0, used=5120)
+    assert pool.lock_next() == '0.1'
+    assert pool.lock_next() is None
+
+
+def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
+    gpus.have(1)
+    gpus.change(0, total=10240)
+    one, two, four = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=n) for n in (1, 2, 4))
+    assert one.lock_next() == 0
+    assert (two.lock_next(), four.lock_next()) == (None, None)
+    one.unlock(0)
+    assert two.lock_next() == 0
+    assert one.lock_next() is None
+    assert one._reasons[0].startswith('busy: shared by scripts of user ')
+    gpus.change(0, used=7000)
+    assert two.lock_next() is None
+    assert four.lock_next() == '0.1'
+    two.unlock(0)
+    four.unlock('0.1')
+    assert four.lock_next() is None  # the first one again, and 7000 MiB are in use
+    gpus.change(0, used=0)
+    assert one.lock_next() == 0
+
+
+def test_who_only_asks_does_not_make_a_busy_gpu_seem_shared(gpus, tmp_path):
+    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
+    asking, other = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=2) for n in (1, 2))
+    assert asking._take(0)  # the lock that is held while the driver is asked
+    assert other.lock_next() is None
+
+
+def test_a_script_with_several_gpus_gets_places_on_several(gpus, queue):
+    queue.add('a.sh', f'#SBATCH --gpus=2\n{SEES}')
+    assert queue.poll('--per-gpu', '3')[0] == 0
+    assert queue.out('a.sh.stdout') == '0,1 0,1 PCI_BUS_ID\n'
+
+
+# --- GPUs: a real one ------------------------------------------------------------------------------------------------
 
 def real_gpu():
     try:
@@ -1051,7 +1565,8 @@ def test_wrong_options_are_named(args, words):
     assert words in run.stderr
 
 
-AS_NOBODY = 'import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534); sys.exit(fastgpu.main(sys.argv[1:]))'
+AS_NOBODY = ('import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
+             'sys.exit(fastgpu.main(sys.argv[1:]))')
 
 
 def refused(path, command=(sys.executable, str(MODULE))):
