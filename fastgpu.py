@@ -86,8 +86,16 @@ def shown(text: object) -> str:
 def explain(error: Exception) -> str:
     """Return what an error says, for people: an OSError as `file: reason`."""
     if isinstance(error, OSError) and error.filename is not None:
-        return shown(f'{os.fsdecode(error.filename)}: {error.strerror}')
+        reason = 'is not a folder' if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        return shown(f'{os.fsdecode(error.filename)}: {reason}')
     return shown(error)
+
+
+def near(path: Path) -> str:
+    """Return `path` as seen from the current folder, if it lies below that."""
+    with contextlib.suppress(OSError, ValueError):
+        return str(path.relative_to(os.getcwd()))
+    return str(path)
 
 
 def mv_command(source: Path, dest: Path) -> str:
@@ -134,14 +142,13 @@ def check_dirs(path: Path, folders: list[Path]) -> None:
                                'scripts could not be moved between them')
     if os.statvfs(folders[1]).f_flag & os.ST_NOEXEC:
         raise FastgpuError(f'{shown(folders[1])} is on a file system mounted noexec: no script can run from there')
-    for folder in (path, *folders[:2]):
-        mode = folder.stat().st_mode
-        if folder == path and mode & stat.S_ISVTX:
-            continue  # as in /tmp, others cannot rename what is ours: restricted deletion flag, chmod(1)
-        writers = [who for who, bit in (('g', stat.S_IWGRP), ('o', stat.S_IWOTH)) if mode & bit]
-        if writers:
-            raise FastgpuError(f'others can write to {shown(folder)} and would run their code as you; mend it with: '
-                               + shown(f'chmod {"".join(writers)}-w {shlex.quote(str(folder))}'))
+    # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
+    sticky = path.stat().st_mode & stat.S_ISVTX
+    open_to_others = [folder for folder in (*([] if sticky else [path]), *folders[:2])
+                      if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)]
+    if open_to_others:
+        names = ' '.join(shlex.quote(str(folder)) for folder in open_to_others)
+        raise FastgpuError('others could have their code run as you; mend it with: ' + shown(f'chmod go-w {names}'))
 
 
 def condition(path: StrPath) -> str:
@@ -603,7 +610,7 @@ class ResourcePoolBase:
             script = record.get('script', name)
             if 'pid' not in record and not os.path.lexists(self._out(name, 'stdout')):
                 self._unclaim(name, script)
-                log(f'{where}: back to to_run {shown(name)} (was not started)')
+                log(f'{where}: requeue {shown(name)} (was not started)')
                 return True
             code, finished = self._exit_code(name)
             if code is None and status is not None:
@@ -612,15 +619,16 @@ class ResourcePoolBase:
             if 'finished' not in record:
                 record.update(finished=round(finished, 3), exitcode=code)
                 write_all(fd, json.dumps(record))
-            what = f'{shown(name)} ({describe(code)}, {duration(finished - record.get("started", finished))})'
+            how = f'({describe(code)}, {duration(finished - record.get("started", finished))})'
+            what = f'{shown(name)} {how}'
             if code is None or (code and record.get('stopped')):
                 path = safe_rename(self.running / name, self.to_run, script)
-                log(f'{where}: back to to_run {what}' + (f' as {shown(path.name)}' if path.name != name else ''))
+                log(f'{where}: requeue {shown(name)}' + f' as {shown(path.name)}' * (path.name != name) + f' {how}')
             elif code:
                 path = safe_rename(self.running / name, self.fail)
                 self.failed.append(name)
                 reason = missing_interpreter(path) if code == 127 else ''
-                log(f'{where}: fail {what}: {shown(reason or self._out(name, "stderr"))}')
+                log(f'{where}: fail {what}: {shown(reason or near(self._out(name, "stderr")))}')
             else:
                 safe_rename(self.running / name, self.complete)
                 self.completed.append(name)
@@ -628,7 +636,7 @@ class ResourcePoolBase:
         except FileNotFoundError:
             if os.path.lexists(self.running / name):
                 raise
-            log(f'{shown(name)} has ended; it is not in {shown(self.running)} any more, and stays where it was put')
+            log(f'{shown(name)} has ended, but is no longer in running; it stays where it was put')
         except OSError as error:
             self._say(name, f'cannot file {shown(name)} now: {explain(error)}; trying again')
             return False
@@ -717,8 +725,9 @@ class ResourcePoolBase:
                 if reason == 'just written':
                     waiting = True
                 elif reason != 'ignored':
-                    self._say(name, f'{shown(self.to_run / name)} waits: ' + (
-                        'it is not executable (chmod +x)' if reason == 'not executable' else reason))
+                    path = shown(near(self.to_run / name))
+                    self._say(name, f'{path} waits for its chmod +x' if reason == 'not executable' else
+                              f'{path} cannot run: {reason}')
             else:
                 return waiting
             try:
@@ -808,7 +817,7 @@ class ResourcePoolBase:
                     if os.path.lexists(self.running / name) and not self._settle(name, fd):
                         elsewhere += 1
                 else:
-                    self._say(name, f'{shown(name)} was started by another poller and still runs')
+                    self._say(name, f'{shown(name)} still runs, under another poller or none')
                     elsewhere += 1
                     self._cut_off |= cut_off & {name}
             finally:
@@ -833,13 +842,15 @@ class ResourcePoolBase:
 
     def _stop(self) -> bool:
         """Do what the signals so far ask for; return whether it is done."""
-        running = count(len(self._runs), 'running script')
+        running = count(len(self._runs), 'script')
         if self._signals == [signal.SIGINT]:
-            self._say('stop', f'interrupted: no new scripts; waiting for {running} (Ctrl-C again stops at once)')
+            if self._runs and 'stop' not in self._said:
+                self._say('stop', f'interrupted: nothing new starts; waiting for {running} (Ctrl-C again: stop)')
             return not self._runs
         if self._kill_at is None:
             self._kill_at = time.monotonic() + GRACE
-            log(f'stopping: TERM to {running}, KILL after {GRACE:.0f} s; what did not end well goes back to to_run')
+            if self._runs:
+                log(f'stopping {running}: TERM now, KILL in {GRACE:.0f} s')
             for run in self._runs.values():
                 run.record['stopped'] = True  # on disk first: whoever files it then knows
                 with contextlib.suppress(OSError):
@@ -867,12 +878,17 @@ class ResourcePoolBase:
     def _sum_up(self, seconds: float) -> int:
         """Log what was done and what was left; return the exit status."""
         left = {name: reason for name, reason in conditions(self.to_run) if reason != 'ignored'}
-        log(f'{count(len(self.completed) + len(self.failed), "script")} in {duration(seconds)}: '
-            f'{len(self.completed)} complete, {len(self.failed)} fail' + f', {len(left)} left in to_run' * bool(left))
+        if not self._signals:
+            for name, reason in left.items():
+                log(f'left in to_run: {shown(name)} ({reason or self._unfit.get(name, "new")})')
+        done = len(self.completed) + len(self.failed)
+        if done or left:
+            log(f'{count(done, "script")} in {duration(seconds)}: {len(self.completed)} complete, '
+                f'{len(self.failed)} fail' + f', {len(left)} left in to_run' * bool(left))
+        else:
+            log(f'nothing to run in {shown(self.to_run)}')
         if self._signals:
             return 128 + self._signals[-1]
-        for name, reason in left.items():
-            log(f'left in to_run: {shown(name)} ({reason or self._unfit.get(name, "new")})')
         return 1 if self.failed or left else 0
 
 
@@ -1295,11 +1311,17 @@ class ResourcePoolGPU(ResourcePoolBase):
 # --- Command --------------------------------------------------------------------------------------------------------
 
 def positive(text: str) -> int:
-    """Return the positive whole number in `text`; raise ValueError for anything else (see argparse)."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is less than 1')
-    return number
+    """Return the number in `text`; raise argparse.ArgumentTypeError where it is none from 1 to 9999."""
+    if not re.fullmatch('0*[1-9][0-9]{0,3}', text):
+        raise argparse.ArgumentTypeError(f'not a whole number from 1 to 9999: {text!r}')
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """Return the number in `text`; raise argparse.ArgumentTypeError where it is none from 0."""
+    if not re.fullmatch(r'[0-9]+(\.[0-9]*)?', text):
+        raise argparse.ArgumentTypeError(f'not a number of MiB: {text!r}')
+    return float(text)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -1308,11 +1330,12 @@ def main(args: list[str] | None = None) -> int:
         prog='fastgpu_poll', description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.')
     parser.add_argument('--path', default='.', help='Path containing `to_run` directory (default: current directory)')
     parser.add_argument('--exit', type=int, default=1, choices=(0, 1), metavar='EXIT',
-                        help='Exit when `to_run` is empty (default: 1)')
-    parser.add_argument('--workers', type=positive, metavar='N', help='use N plain slots instead of GPUs')
-    parser.add_argument('--max-used', type=float, default=1024, metavar='MIB',
-                        help='a GPU with more MiB in use is busy (default: 1024)')
-    parser.add_argument('--per-gpu', type=positive, default=1, metavar='N', help='run up to N scripts on a GPU')
+                        help='Exit when `to_run` is empty: 1, or wait for more: 0 (default: 1)')
+    parser.add_argument('--workers', type=positive, metavar='N', help='Use N plain slots instead of GPUs')
+    parser.add_argument('--max-used', type=amount, default=1024, metavar='MIB',
+                        help='A GPU with more MiB in use is busy (default: 1024)')
+    parser.add_argument('--per-gpu', type=positive, default=1, metavar='N',
+                        help='Run up to N scripts on a GPU (default: 1)')
     parser.add_argument('--version', action='version', version=f'fastgpu {__version__}')
     options = parser.parse_args(args)
     try:

@@ -21,6 +21,9 @@ import pytest
 import fastgpu
 from fastgpu import FastgpuError, FixedWorkerPool, ResourcePoolBase, ResourcePoolGPU, find_next_script, safe_rename
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell has put into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MODULE = Path(fastgpu.__file__)
 FOLDERS = 'to_run', 'running', 'complete', 'fail'
 
@@ -83,7 +86,7 @@ class Queue:
         """Wait until `poller` has looked through to_run, from the first name to the last, since this was called."""
         for name in '!1', '!2':  # it names what is not executable when it comes by
             self.add(name, mode=0o644)
-            until(lambda name=name: f'/to_run/{name} waits' in poller.log())
+            until(lambda name=name: f'to_run/{name} waits' in poller.log())
         for name in '!1', '!2':
             (self.path / 'to_run' / name).unlink()
 
@@ -373,6 +376,11 @@ def test_a_run_leaves_its_output_its_status_and_its_record(queue):
     assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): .*/q/out/a.sh.stderr$', log, re.M)
 
 
+def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queue):
+    queue.add('a.sh', 'exit 3')
+    assert queue.poll(cwd=queue.path)[1].count('s): out/a.sh.stderr\n') == 1
+
+
 def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
     for name in '10', '9', 'B', 'a':
         queue.add(name, 'ps -o sid= -p $$; echo $$; pwd')
@@ -443,7 +451,7 @@ def test_what_is_not_executable_waits_and_is_named_once_and_at_exit(queue):
     status, log = queue.poll()
     assert status == 1
     assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
-    assert log.count('to_run/a.sh waits: it is not executable (chmod +x)') == 1
+    assert log.count('to_run/a.sh waits for its chmod +x') == 1
     assert 'left in to_run: a.sh (not executable)' in log
 
 
@@ -464,7 +472,7 @@ def test_what_is_no_script_is_ignored(queue):
     queue.add('.hidden')
     status, log = queue.poll()
     assert status == 0
-    assert '0 scripts' in log
+    assert f'nothing to run in {queue.path}/to_run' in log
     assert sorted(os.listdir(to_run)) == ['.hidden', 'dangling', 'fifo', 'folder']
 
 
@@ -558,7 +566,7 @@ def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
     until(lambda: queue.all() == {'ends-well.sh': 'complete', 'fails.sh': 'fail', 'runs-on.sh': 'running',
                                   'waits.sh': 'complete'})
     assert second.poll() is None
-    assert 'runs-on.sh was started by another poller and still runs' in second.log()
+    assert 'runs-on.sh still runs, under another poller or none' in second.log()
     queue.open_gate('two')
     assert second.wait(30) == 1
     assert queue.all()['runs-on.sh'] == 'fail'
@@ -594,7 +602,7 @@ def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
     queue.open_gate()
     status, log = queue.poll('--workers', '1')
     assert status == 0
-    assert re.search(r'worker 0: back to to_run a.sh \(cut off, \d+\.\d s\)', log)
+    assert re.search(r'worker 0: requeue a.sh \(cut off, \d+\.\d s\)', log)
     assert queue.all() == {'a-1.sh': 'complete'}
     assert queue.record('a-1.sh')['script'] == 'a.sh'
     assert queue.out('a.sh.stdout') == queue.out('a-1.sh.stdout') == 'run\n'
@@ -612,8 +620,7 @@ def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
     second = queue.start('--workers', '1', '--exit', '0')
     until(lambda: queue.names('to_run') == ['a.sh'] and queue.names('running') == ['a-1.sh'])
     assert 'echo new' in (queue.path / 'to_run' / 'a.sh').read_text()
-    assert 'back to to_run a.sh' in second.log()
-    assert ' as a-1.sh' in second.log()
+    assert 'requeue a.sh as a-1.sh (cut off' in second.log()
 
 
 def test_a_shim_killed_alone_keeps_its_script_and_its_slot(queue):
@@ -622,7 +629,7 @@ def test_a_shim_killed_alone_keeps_its_script_and_its_slot(queue):
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
     os.kill(queue.record('a.sh')['pid'], signal.SIGKILL)
-    until(lambda: 'a.sh was started by another poller and still runs' in poller.log())
+    until(lambda: 'a.sh still runs, under another poller or none' in poller.log())
     until(lambda: 'worker 0 busy' in poller.log())
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
     queue.open_gate()
@@ -748,10 +755,19 @@ def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: no new scripts; waiting for 1 running script' in poller.log())
+    until(lambda: 'interrupted: nothing new starts; waiting for 1 script (Ctrl-C again: stop)' in poller.log())
     queue.open_gate()
     assert poller.wait(30) == 130
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+    assert poller.log().count('interrupted') == 1
+
+
+def test_a_signal_with_nothing_running_ends_the_poller_without_ado(queue):
+    poller = queue.start('--workers', '1', '--exit', '0')
+    queue.let_look(poller)
+    poller.send_signal(signal.SIGINT)
+    assert poller.wait(30) == 130
+    assert poller.log().splitlines()[-1].endswith(f'nothing to run in {queue.path}/to_run')
 
 
 @pytest.mark.parametrize(('signals', 'status'), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
@@ -766,7 +782,7 @@ def test_stop_terminates_requeues_what_failed_and_files_what_ended_well(queue, s
         poller.send_signal(signum)
         until(lambda: 'interrupted' in poller.log() or 'stopping' in poller.log())
     assert poller.wait(30) == status
-    assert 'stopping: TERM to 3 running scripts, KILL after 10 s' in poller.log()
+    assert 'stopping 3 scripts: TERM now, KILL in 10 s' in poller.log()
     assert queue.all() == {'dies.sh': 'to_run', 'fails.sh': 'to_run', 'saves.sh': 'complete', 'waits.sh': 'to_run'}
     assert queue.out('dies.sh.exitcode') == '143'
     assert queue.out('saves.sh.stdout') == queue.out('fails.sh.stdout') == 'ready\nsaved\n'
@@ -796,7 +812,7 @@ def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
     poller.wait()
     until(lambda: queue.has_out('a.sh.exitcode'))
     poller = queue.start('--workers', '1')
-    until(lambda: 'back to to_run a.sh (status 1' in poller.log())
+    until(lambda: 'requeue a.sh (status 1' in poller.log())
 
 
 @pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGKILL])
@@ -1555,8 +1571,11 @@ def test_a_real_gpu_runs_a_script_that_sees_it(queue):
 
 @pytest.mark.parametrize(('args', 'words'), [
     (['--exit', '2'], 'argument --exit: invalid choice: 2'),
-    (['--workers', '0'], "argument --workers: '0' is less than 1"),
-    (['--workers', 'x'], "argument --workers: invalid positive value: 'x'"),
+    (['--workers', '0'], "argument --workers: not a whole number from 1 to 9999: '0'"),
+    (['--workers', 'x'], "argument --workers: not a whole number from 1 to 9999: 'x'"),
+    (['--workers', '99999999999'], 'not a whole number from 1 to 9999'),
+    (['--max-used', 'nan'], "argument --max-used: not a number of MiB: 'nan'"),
+    (['--max-used', '-1'], 'argument --max-used: '),
     (['--nonsense'], 'unrecognized arguments: --nonsense'),
 ])
 def test_wrong_options_are_named(args, words):
@@ -1580,10 +1599,10 @@ def refused(path, command=(sys.executable, str(MODULE))):
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
     (tmp_path / 'file').touch()
-    assert f'{tmp_path}/file: ' in refused(tmp_path / 'file')
+    assert f'{tmp_path}/file: is not a folder' in refused(tmp_path / 'file')
     (tmp_path / 'q').mkdir()
     (tmp_path / 'q' / 'to_run').touch()
-    assert f'{tmp_path}/q/to_run: ' in refused(tmp_path / 'q')
+    assert f'{tmp_path}/q/to_run: is not a folder' in refused(tmp_path / 'q')
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
@@ -1600,7 +1619,8 @@ def test_to_run_that_others_can_write_to_is_refused_with_the_chmod_that_mends_it
     queue.add('a.sh')
     (queue.path / 'to_run').chmod(mode)
     message = refused(queue.path)
-    assert f'others can write to {queue.path}/to_run' in message
+    assert message == ('fastgpu_poll: others could have their code run as you; mend it with: '
+                       f'chmod go-w {queue.path}/to_run\n')
     assert queue.all() == {'a.sh': 'to_run'}
     subprocess.run(message.partition('mend it with: ')[2], shell=True, check=True)
     assert queue.poll()[0] == 0
