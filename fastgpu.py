@@ -760,6 +760,8 @@ class ResourcePoolBase:
                 self._say((self.kind, ident), f'{self._where([ident])} {reason}')
         if ids:
             self.run(name, *ids)
+        elif number > 1:
+            self._say(name, f'{shown(name)} waits for {number} {self.kind}s at once, and all behind it wait too')
         return bool(ids)
 
     def _collect(self) -> None:

@@ -1452,6 +1452,7 @@ def test_a_script_gets_all_the_gpus_it_asks_for_or_waits_and_so_do_those_behind(
     until(lambda: queue.names('running') == ['1'])
     queue.let_look(poller)
     assert queue.all() == {'1': 'running', '2': 'to_run', '3': 'to_run'}
+    assert poller.log().count('2 waits for 3 gpus at once, and all behind it wait too\n') == 1
     queue.open_gate()
     assert poller.wait(30) == 0
     assert queue.out('2.stdout') == '0,1,2 0,1,2 PCI_BUS_ID\n'
