@@ -87,7 +87,8 @@ def explain(error: Exception) -> str:
     """Return what an error says, for people: an OSError as `file: reason`."""
     if isinstance(error, OSError) and error.filename is not None:
         reason = 'is not a folder' if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
-        return shown(f'{os.fsdecode(error.filename)}: {reason}')
+        names = map(os.fsdecode, filter(None, (error.filename, error.filename2)))
+        return shown(f'{" -> ".join(names)}: {reason}')
     return shown(error)
 
 
@@ -265,10 +266,11 @@ def open_lock(path: StrPath) -> int:
                 fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
                 continue
-            os.fchmod(fd, 0o666)  # all users of the host share it, whatever the umask
         status = os.fstat(fd)
         # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
         if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+            if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != 0o666:
+                os.fchmod(fd, 0o666)  # all users of the host share it, whatever the umask
             return fd
         os.close(fd)
         raise OSError(errno.EINVAL, 'is not a lock file', str(path))
@@ -302,9 +304,11 @@ def read_note(path: StrPath) -> str:
 
 # --- Runs: what out/ says about one ---------------------------------------------------------------------------------
 
-# Outlives the poller and a TERM to the group, and writes the status of the words after its first to the file that is
-# its first. A trap that is set, unlike a signal that is ignored, is not inherited by what it runs.
-SHIM = 'x=$1; shift; trap : HUP INT TERM; "$@"; s=$?; printf %s $s >"$x"; exit $s'
+# Outlives the poller, and signals to its group until the script is done; writes the status of the words after its
+# first to the file that is its first. A trap that is set, unlike a signal that is ignored, is not inherited by what it
+# runs. `set +e` is for an environment with SHELLOPTS=errexit, the long name for one with a variable x.
+SHIM = ('set +e; fastgpu_exitcode=$1; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
+        '"$@"; s=$?; printf %s $s >"$fastgpu_exitcode"; exit $s')
 
 
 def write_all(fd: int, text: str) -> None:
@@ -316,12 +320,26 @@ def write_all(fd: int, text: str) -> None:
 
 
 def read_record(fd: int) -> dict[str, Any]:
-    """Return the record in the open file `fd`, {} where there is none: a power cut may have left it empty."""
+    """Return the record in the open file `fd`; {} where it is none of ours, or a power cut left it empty."""
     try:
-        record = json.loads(os.pread(fd, 1 << 20, 0))
-        return {**record, 'script': os.path.basename(record['script']), 'started': float(record['started'])}
-    except (ValueError, TypeError, KeyError):
-        return {}
+        record = json.loads(os.pread(fd, 1 << 16, 0))
+        script, started = record['script'], float(record['started'])
+        os.fsencode(script)
+        if (script == os.path.basename(script) and script[0] != '.' and abs(started) < 1e12
+                and isinstance(record['host'], str) and isinstance(record['ids'], list)):
+            return {**record, 'started': started}
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        pass
+    return {}
+
+
+def runs_shim(pid: object, exitcode: Path) -> bool:
+    """Return whether the process `pid` is the shim that will write `exitcode` (proc(5), cmdline)."""
+    try:
+        with open(f'/proc/{pid}/cmdline', 'rb') as file:
+            return os.fsencode(exitcode) in file.read().split(b'\0')
+    except OSError:
+        return False
 
 
 class Run:
@@ -331,6 +349,7 @@ class Run:
         self.name, self.ids, self.fd, self.record = name, ids, fd, record
         self.process: subprocess.Popen[bytes] | None = None
         self.pidfd: int | None = None
+        self.kill_at: float | None = None  # set when it was sent TERM
 
 
 def describe(code: int | None) -> str:
@@ -370,6 +389,10 @@ class ResourcePoolBase:
     kind = 'worker'  # what a resource is called in messages
 
     def __init__(self, path: StrPath) -> None:
+        fd = 0
+        while fd <= 2:  # a lock in the place of a closed stdin would not be inherited
+            fd = os.open(os.devnull, os.O_RDWR)
+        os.close(fd)
         self.path = Path(os.path.abspath(path))
         folders = setup_dirs(self.path)
         check_dirs(self.path, folders)
@@ -381,14 +404,17 @@ class ResourcePoolBase:
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
-        self._cut_off: set[str] = set()  # runs whose shim was killed, and that have not been filed since
+        # Runs whose shim was killed and that are not filed yet, and the status that counts if it was not the first.
+        self._cut_off: dict[str, int | None] = {}
+        self._cuts: dict[str, int] = {}  # how often that happened to a script
+        self._others: dict[str, float | None] = {}  # runs without us, and when to kill them if they are cancelled
         self._unfit: dict[str, str] = {}  # scripts in to_run that can never be claimed, and why
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
         self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
         self._signals: list[int] = []
-        self._kill_at: float | None = None
+        self._stop_at: float | None = None
 
     # Resources: what the original's users know, and override.
 
@@ -434,6 +460,11 @@ class ResourcePoolBase:
                 with contextlib.suppress(OSError):
                     os.ftruncate(fd, 0)  # what it says of us is no longer so
             fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    def _drop(self, ids: Iterable[Any]) -> None:
+        """Close our descriptors of these locks: whoever inherited them, if anybody did, still holds them."""
+        for fd in (fd for ident in ids for fd in self._locks.pop(ident, [])):
             os.close(fd)
 
     def find_next(self) -> Any:
@@ -519,8 +550,7 @@ class ResourcePoolBase:
                 log(f'{self._where(ids)}: start {shown(run.name)}')
         finally:
             if not (run and run.process):
-                for ident in ids:
-                    self.unlock(ident)
+                self._drop(ids)
         return run is not None
 
     def _claim(self, script: str, ids: Sequence[Any]) -> Run | None:
@@ -529,30 +559,36 @@ class ResourcePoolBase:
             name = numbered(script, n)
             if len(os.fsencode(name + '.exitcode')) > self._name_max:
                 raise FastgpuError(f'its name is too long, by {len(os.fsencode(name)) + 9 - self._name_max} bytes')
-            if any(map(os.path.lexists, self._traces(name))):
+            if any(map(os.path.lexists, [self.running / name, self.complete / name, self.fail / name])) \
+                    or self._was_started(name):
                 continue
-            record_path = self._out(name, 'json')
+            path = self._out(name, 'json')
             try:
-                fd = os.open(record_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
                 continue
-            # From here on, a name in running/ whose record is not locked has no owner.
-            if lock_fd(fd, record_path):
-                break
-            os.close(fd)  # another poller just took it for the record of a crashed one
-        record = {'script': script, 'host': self.host, 'ids': ids, 'started': round(time.time(), 3)}
-        try:
-            write_all(fd, json.dumps(record, default=str))
-            os.rename(self.to_run / script, self.running / name)
-        except OSError as error:
-            # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
-            if not os.path.lexists(self.running / name):
-                os.unlink(record_path)
-                os.close(fd)
-                if isinstance(error, FileNotFoundError) and not os.path.lexists(self.to_run / script):
-                    return None
-                raise
-        return Run(name, ids, fd, record)
+            record = {'script': script, 'host': self.host, 'ids': ids, 'started': round(time.time(), 3)}
+            try:
+                # From the rename on, a name in running/ whose record is not locked has no owner.
+                if not lock_fd(fd, path):
+                    os.close(fd)  # another poller just took it for the record of a crashed one
+                    continue
+                write_all(fd, json.dumps(record, default=str))
+                os.rename(self.to_run / script, self.running / name)
+            except BaseException as error:
+                claimed = os.path.lexists(self.running / name)
+                # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
+                if not (claimed and isinstance(error, FileNotFoundError)):
+                    if not claimed:
+                        os.unlink(path)
+                    os.close(fd)
+                    if isinstance(error, FileNotFoundError) and not os.path.lexists(self.to_run / script):
+                        return None
+                    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
+                        raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
+                    raise
+            return Run(name, ids, fd, record)
+        raise AssertionError('unreachable')
 
     def _launch(self, run: Run, command: Sequence[str] = ()) -> None:
         """Start a claimed run, or `command` in its place.
@@ -570,11 +606,12 @@ class ResourcePoolBase:
                 stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
                 pass_fds=(run.fd, *(fd for ident in run.ids for fd in self._locks[ident])),
                 env={**os.environ, **self.environment(*run.ids)})
-        except OSError:
+        except BaseException as error:
             try:
-                for kind in ('stdout', 'stderr')[:len(files)]:
-                    os.unlink(self._out(run.name, kind))
-                self._unclaim(run.name, run.record['script'])
+                if isinstance(error, OSError):  # nothing was started; of a KeyboardInterrupt that cannot be said
+                    for kind in ('stdout', 'stderr')[:len(files)]:
+                        os.unlink(self._out(run.name, kind))
+                    self._unclaim(run.name, run.record['script'])
             finally:
                 os.close(run.fd)  # what could not be undone is for `_settle_others`
             raise
@@ -593,22 +630,21 @@ class ResourcePoolBase:
             self._poller.register(run.pidfd, select.POLLIN)
 
     def _unclaim(self, name: str, script: str) -> None:
-        """Undo the claim of a run that was never launched, so that nothing of it is left."""
+        """Undo the claim of a run that was never started, so that nothing of it is left."""
         safe_rename(self.running / name, self.to_run, script)
         os.unlink(self._out(name, 'json'))
 
-    def _settle(self, name: str, fd: int, status: int | None = None) -> bool:
-        """File the run `name`, which has ended and whose record `fd` we hold, by what it left in out/.
+    def _settle(self, name: str, fd: int, record: dict[str, Any], status: int | None = None) -> bool:
+        """File the run `name`, which has ended and whose `record`, in the file `fd`, we hold, by what it left in out/.
 
         Each step can be repeated: a crash between two leaves what the next settle completes. `status` is what its
         shim exited with, which counts where the shim could not write it down. Returns whether the run is filed; where
         it is not (a full disk), says why, once, and is to be called again.
         """
+        script = record.get('script', name)
+        where = self._where(record.get('ids', '?'))
         try:
-            record = read_record(fd)
-            where = self._where(record.get('ids', '?'))
-            script = record.get('script', name)
-            if 'pid' not in record and not os.path.lexists(self._out(name, 'stdout')):
+            if status is None and 'pid' not in record and not self._was_started(name):
                 self._unclaim(name, script)
                 log(f'{where}: requeue {shown(name)} (was not started)')
                 return True
@@ -618,29 +654,40 @@ class ResourcePoolBase:
                 code = status
             if 'finished' not in record:
                 record.update(finished=round(finished, 3), exitcode=code)
-                write_all(fd, json.dumps(record))
-            how = f'({describe(code)}, {duration(finished - record.get("started", finished))})'
-            what = f'{shown(name)} {how}'
-            if code is None or (code and record.get('stopped')):
+                write_all(fd, json.dumps(record, default=str))
+            # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
+            unknown = code is None and os.path.lexists(self._out(name, 'exitcode'))
+            how = f'({"status unknown, the disk was full" if unknown else describe(code)}, ' \
+                  f'{duration(finished - record.get("started", finished))})'
+            if not os.path.lexists(self.running / name):
+                self._note_elsewhere(name, record, f'{where}: %s {shown(name)} {how}')
+            elif code == 0:
+                safe_rename(self.running / name, self.complete)
+                self.completed.append(name)
+                log(f'{where}: complete {shown(name)} {how}')
+            elif not unknown and (code is None or record.get('stopped')):
                 path = safe_rename(self.running / name, self.to_run, script)
                 log(f'{where}: requeue {shown(name)}' + f' as {shown(path.name)}' * (path.name != name) + f' {how}')
-            elif code:
+            else:
                 path = safe_rename(self.running / name, self.fail)
                 self.failed.append(name)
                 reason = missing_interpreter(path) if code == 127 else ''
-                log(f'{where}: fail {what}: {shown(reason or near(self._out(name, "stderr")))}')
-            else:
-                safe_rename(self.running / name, self.complete)
-                self.completed.append(name)
-                log(f'{where}: complete {what}')
-        except FileNotFoundError:
-            if os.path.lexists(self.running / name):
-                raise
-            log(f'{shown(name)} has ended, but is no longer in running; it stays where it was put')
+                log(f'{where}: fail {shown(name)} {how}: {shown(reason or near(self._out(name, "stderr")))}')
         except OSError as error:
             self._say(name, f'cannot file {shown(name)} now: {explain(error)}; trying again')
+            with contextlib.suppress(OSError):
+                setup_dirs(self.path)  # one of them may be gone
             return False
         return True
+
+    def _note_elsewhere(self, name: str, record: dict[str, Any], text: str) -> None:
+        """Log how a run ended that is no longer in running/: cancelled by a person, or filed by another poller."""
+        if record.get('cancelled'):
+            log(text % 'cancelled')
+        elif os.path.lexists(self.fail / name):
+            self.failed.append(name)
+        elif os.path.lexists(self.complete / name):
+            self.completed.append(name)
 
     def _where(self, ids: Iterable[Any]) -> str:
         """Return where a run runs, for the log: `gpu 0`."""
@@ -650,10 +697,9 @@ class ResourcePoolBase:
         """Return the file of that `kind` in out/ of the run `name`."""
         return self.out / f'{name}.{kind}'
 
-    def _traces(self, name: str) -> list[Path]:
-        """Return all the places that show that there was a run `name`, but for its record."""
-        return [self.running / name, self.complete / name, self.fail / name,
-                *(self._out(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))]
+    def _was_started(self, name: str) -> bool:
+        """Return whether there is anything that the launch of a run `name`, or the run, wrote."""
+        return any(os.path.lexists(self._out(name, kind)) for kind in ('stdout', 'stderr', 'exitcode'))
 
     def _host(self, fd: int) -> str:
         """Return the host of the run whose record is open in `fd`, or '' while that may still be on its way here.
@@ -669,10 +715,12 @@ class ResourcePoolBase:
         An empty file is none: the shim makes the file and then writes to it.
         """
         try:
-            with open(self._out(name, 'exitcode')) as file:
-                return int(file.read(8)), os.fstat(file.fileno()).st_mtime
-        except (FileNotFoundError, ValueError):
+            with open(self._out(name, 'exitcode'), 'rb') as file:
+                finished = os.fstat(file.fileno()).st_mtime
+                text = file.read(8)
+        except FileNotFoundError:
             return None, time.time()
+        return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None, finished
 
     # Polling.
 
@@ -718,11 +766,12 @@ class ResourcePoolBase:
         """Start what can be started; return whether something is left that waits for a resource or for a moment."""
         waiting = False
         while time.monotonic() >= self._start_at:
+            ending = {name for run in self._runs.values() if run.kill_at for name in (run.name, run.record['script'])}
             for name, reason in conditions(self.to_run):
                 reason = reason or self._unfit.get(name, '')
-                if not reason:
+                if not reason and name not in ending:
                     break
-                if reason == 'just written':
+                if not reason or reason == 'just written':
                     waiting = True
                 elif reason != 'ignored':
                     path = shown(near(self.to_run / name))
@@ -765,9 +814,16 @@ class ResourcePoolBase:
         return bool(ids)
 
     def _collect(self) -> None:
-        """Settle those of our runs that have ended."""
+        """Settle those of our runs that have ended, and end those that a person took out of running/."""
         for run in list(self._runs.values()):
             assert run.process
+            if run.process.returncode is None:
+                if run.kill_at is None and not os.path.lexists(self.running / run.name) \
+                        and self._exit_code(run.name)[0] is None:
+                    log(f'{self._where(run.ids)}: cancel {shown(run.name)}: it was taken out of running')
+                    self._terminate(run, 'cancelled')
+                if run.kill_at is not None:
+                    self._kill(run)
             code = run.process.poll()
             if code is None:
                 continue
@@ -775,8 +831,8 @@ class ResourcePoolBase:
                 self._poller.unregister(run.pidfd)
                 os.close(run.pidfd)
                 run.pidfd = None
-            if code >= 0:
-                filed = self._settle(run.name, run.fd, code)
+            if code >= 0 or run.record.get('cancelled'):
+                filed = self._settle(run.name, run.fd, run.record, code if code >= 0 else None)
                 for ident in run.ids:
                     self.unlock(ident)
                 run.ids = ()  # from here on they may be another run's
@@ -785,90 +841,145 @@ class ResourcePoolBase:
                     continue
             else:
                 # Killed before it could write. The script may have survived that, and then holds its locks on: leave
-                # them to the kernel, and the run to `_settle_others`.
-                for fd in (fd for ident in run.ids for fd in self._locks.pop(ident)):
-                    os.close(fd)
-                self._cut_off.add(run.name)
+                # them to the kernel, and the run to `_settle_others`. A script that kills its own group each time
+                # would go round for ever: the second time counts as its end.
+                self._drop(run.ids)
+                script = run.record['script']
+                self._cuts[script] = self._cuts.get(script, 0) + (run.kill_at is None)
+                self._cut_off[run.name] = 128 - code if self._cuts[script] > 1 else None
                 self._look_at = 0.0
             del self._runs[run.name]
             os.close(run.fd)
 
+    def _terminate(self, run: Run, why: str) -> None:
+        """Send TERM to a run, and KILL after the grace period (see `_kill`); its record says `why`."""
+        assert run.process
+        run.kill_at = time.monotonic() + GRACE
+        run.record[why] = True  # on disk first: whoever settles it then knows
+        with contextlib.suppress(OSError):
+            write_all(run.fd, json.dumps(run.record, default=str))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGTERM)
+
+    def _kill(self, run: Run) -> None:
+        """Kill what is left of a terminated run when its script has ended, or the grace period has."""
+        assert run.process
+        assert run.kill_at
+        # Not reaped yet (WNOWAIT), so that its pid is still its own.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            if time.monotonic() >= run.kill_at or os.waitid(
+                    os.P_PID, run.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                os.killpg(run.process.pid, signal.SIGKILL)
+
     def _settle_others(self) -> int:
-        """File the runs in running/ that have ended and have no poller; return how many others run on this host."""
+        """Settle the runs in running/ that have ended and have no poller; return how many others run on this host."""
+        names = [name for name in sorted(os.listdir(self.running)) if name not in self._runs and name[0] != '.']
         elsewhere = 0
-        cut_off, self._cut_off = self._cut_off, set()
-        for name in sorted(os.listdir(self.running)):
-            if name in self._runs or name.startswith('.'):
-                continue
-            path = self._out(name, 'json')
-            requeue = mv_command(self.running / name, self.to_run)
+        for name in {*names, *self._others}:
             try:
-                fd = os.open(path, os.O_RDWR)
-            except FileNotFoundError:
-                self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
+                runs = self._settle_other(name) if name in names else self._cancel_other(name)
+            except OSError as error:
+                self._say(name, f'cannot tell how {shown(name)} is: {explain(error)}')
                 continue
-            try:
-                host = self._host(fd)
-                if host != self.host:
-                    if host:
-                        self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
-                    continue
-                code, finished = self._exit_code(name)
-                overdue = code is not None and time.time() - finished > OVERDUE
-                if lock_fd(fd, path) or overdue:
-                    if os.path.lexists(self.running / name) and not self._settle(name, fd):
-                        elsewhere += 1
-                else:
-                    self._say(name, f'{shown(name)} still runs, under another poller or none')
-                    elsewhere += 1
-                    self._cut_off |= cut_off & {name}
-            finally:
-                os.close(fd)
+            if runs:
+                elsewhere += 1
+                self._others.setdefault(name, None)
+            else:
+                self._others.pop(name, None)
+                self._cut_off.pop(name, None)
         return elsewhere
+
+    def _settle_other(self, name: str) -> bool:
+        """Settle a run in running/ that is not ours if it has ended; return whether it still has to, on this host."""
+        path = self._out(name, 'json')
+        requeue = mv_command(self.running / name, self.to_run)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
+            return False
+        try:
+            record, host = read_record(fd), self._host(fd)
+            if host not in ('', self.host):
+                self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
+                return False
+            code, finished = self._exit_code(name)
+            overdue = code is not None and time.time() - finished > OVERDUE
+            # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
+            if host and (overdue or (lock_fd(fd, path) and (
+                    code is not None or not runs_shim(record.get('pid'), self._out(name, 'exitcode'))))):
+                return os.path.lexists(self.running / name) and not self._settle(
+                    name, fd, record, self._cut_off.get(name))
+            self._say(name, f'{shown(name)} still runs, under another poller or none')
+            return True
+        finally:
+            os.close(fd)
+
+    def _cancel_other(self, name: str) -> bool:
+        """End a run that is not ours and that a person took out of running/; return whether it still runs."""
+        exitcode = self._out(name, 'exitcode')
+        try:
+            fd = os.open(self._out(name, 'json'), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return False
+        try:
+            record = read_record(fd)
+            pid = record.get('pid')
+            if self._exit_code(name)[0] is not None or not runs_shim(pid, exitcode):
+                if record.get('cancelled'):
+                    self._settle(name, fd, record)
+                return False
+            kill_at = self._others[name]
+            if kill_at is None:
+                log(f'{self._where(record["ids"])}: cancel {shown(name)}: it was taken out of running')
+                write_all(fd, json.dumps({**record, 'cancelled': True}))
+                self._others[name] = time.monotonic() + GRACE
+                os.killpg(record['pid'], signal.SIGTERM)
+            elif time.monotonic() >= kill_at:
+                os.killpg(record['pid'], signal.SIGKILL)
+            return True
+        finally:
+            os.close(fd)
 
     def _remove_strays(self) -> None:
         """Remove the records of runs that never were: their poller died between the record and the rename."""
         names = set(os.listdir(self.out))
-        for record in sorted(names):
-            name, suffix = os.path.splitext(record)
-            if suffix != '.json' or name + '.stdout' in names or os.path.lexists(self.running / name):
+        for file in sorted(names):
+            name, suffix = os.path.splitext(file)
+            if suffix != '.json' or name + '.stdout' in names:
                 continue
             try:
-                fd = os.open(self.out / record, os.O_RDWR)
-            except FileNotFoundError:
-                continue
-            ours = self._host(fd) == self.host and lock_fd(fd, self.out / record)
-            if ours and 'finished' not in read_record(fd) and not any(map(os.path.lexists, self._traces(name))):
-                os.unlink(self.out / record)
+                fd = os.open(self.out / file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:
+                continue  # none of ours, or gone
+            with contextlib.suppress(OSError):
+                record = read_record(fd)
+                ours = record or os.fstat(fd).st_size == 0  # others may keep their JSON files there
+                if (ours and not record.keys() & {'pid', 'finished'} and self._host(fd) == self.host
+                        and lock_fd(fd, self.out / file)
+                        and not self._was_started(name) and not os.path.lexists(self.running / name)):
+                    os.unlink(self.out / file)
             os.close(fd)
 
     def _stop(self) -> bool:
         """Do what the signals so far ask for; return whether it is done."""
-        running = count(len(self._runs), 'script')
+        # A run that has ended and cannot be filed now is for the next poller.
+        alive = [run for run in self._runs.values() if run.process and run.process.returncode is None]
         if self._signals == [signal.SIGINT]:
-            if self._runs and 'stop' not in self._said:
-                self._say('stop', f'interrupted: nothing new starts; waiting for {running} (Ctrl-C again: stop)')
-            return not self._runs
-        if self._kill_at is None:
-            self._kill_at = time.monotonic() + GRACE
-            if self._runs:
-                log(f'stopping {running}: TERM now, KILL in {GRACE:.0f} s')
-            for run in self._runs.values():
-                run.record['stopped'] = True  # on disk first: whoever files it then knows
-                with contextlib.suppress(OSError):
-                    write_all(run.fd, json.dumps(run.record, default=str))
-                self._signal(run, signal.SIGTERM)
-        elif time.monotonic() >= self._kill_at:
-            for run in self._runs.values():
-                self._signal(run, signal.SIGKILL)
-        self._look_at = 0.0 if self._cut_off else self._look_at
-        return not self._runs and (not self._cut_off or time.monotonic() > self._kill_at + GRACE)
-
-    def _signal(self, run: Run, signum: int) -> None:
-        """Send a signal to the process group of a run that `_collect` has not reaped, so that its pid is still its."""
-        assert run.process
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.process.pid, signum)
+            if alive and 'stop' not in self._said:
+                self._say('stop', f'interrupted: nothing new starts; waiting for {count(len(alive), "script")} '
+                                  '(Ctrl-C again: stop)')
+            return not alive
+        if self._stop_at is None:
+            self._stop_at = time.monotonic()
+            if alive:
+                log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
+        for run in alive:
+            if run.kill_at is None and self._exit_code(run.name)[0] is None:
+                self._terminate(run, 'stopped')
+        if self._cut_off:
+            self._look_at = 0.0
+        return not (alive or self._cut_off) or time.monotonic() > self._stop_at + 2 * GRACE
 
     def _say(self, about: Hashable, text: str) -> None:
         """Log `text` unless it is what was last said about this, but for amounts of memory, which always change."""
@@ -900,6 +1011,8 @@ class FixedWorkerPool(ResourcePoolBase):
     def __init__(self, worker_ids: Iterable[Any], path: StrPath) -> None:
         super().__init__(path)
         self.worker_ids = list(worker_ids)
+        if not self.worker_ids:
+            raise FastgpuError('a pool needs at least one worker')
 
     def all_ids(self) -> list[Any]:
         """Return the slots."""

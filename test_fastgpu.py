@@ -257,11 +257,15 @@ def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
 
 def test_a_record_that_a_crash_spoilt_is_none(tmp_path):
     fd = os.open(tmp_path / 'r.json', os.O_RDWR | os.O_CREAT)
-    for text in '', '{', '[]', '7', 'null', '{"script": 1, "started": 1}', '{"script": "x", "started": null}':
+    good = {'script': 'x', 'host': 'h', 'ids': [0], 'started': 1.0}
+    spoilt = [{**good, **change} for change in (
+        {'script': 1}, {'script': ''}, {'script': '..'}, {'script': '/etc/x'}, {'script': '\ud800'}, {'script': '.x'},
+        {'started': None}, {'started': float('nan')}, {'started': 10**400}, {'ids': None}, {'ids': 5}, {'host': None})]
+    for text in ['', '{', '[]', '7', 'null', '[' * 100000, '\x00' * 100, *map(json.dumps, spoilt)]:
         fastgpu.write_all(fd, text)
-        assert fastgpu.read_record(fd) == {}
-    fastgpu.write_all(fd, '{"script": "/etc/x", "started": 1}')
-    assert fastgpu.read_record(fd) == {'script': 'x', 'started': 1.0}
+        assert fastgpu.read_record(fd) == {}, text
+    fastgpu.write_all(fd, json.dumps(good))
+    assert fastgpu.read_record(fd) == good
     os.close(fd)
 
 
