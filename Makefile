@@ -8,6 +8,7 @@ BIN = $(VENV)/bin
 help:
 	@echo 'make demo    run a small queue in a temporary folder; needs nothing but python3'
 	@echo 'make test    run the tests'
+	@echo 'make soak    kill pollers at random for SECONDS=600 and look for what is lost'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make build   make the wheel and the sdist, in dist/'
 	@echo 'make clean   remove what the others made'
@@ -22,6 +23,9 @@ $(VENV)/ready: pyproject.toml
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/ready
+	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -57,4 +61,4 @@ demo:
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__
 
-.PHONY: help test lint build demo clean
+.PHONY: help test soak lint build demo clean

@@ -343,13 +343,15 @@ def runs_shim(pid: object, exitcode: Path) -> bool:
 
 
 class Run:
-    """A script that this poller has moved to running/ and not filed yet."""
+    """A script in running/ on this host: one that this poller started, or one that it found there."""
 
-    def __init__(self, name: str, ids: Sequence[Any], fd: int, record: dict[str, Any]) -> None:
-        self.name, self.ids, self.fd, self.record = name, ids, fd, record
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, name: str, ids: Sequence[Any] = (), fd: int = -1, record: dict[str, Any] | None = None) -> None:
+        self.name, self.record = name, record or {}
+        self.ids, self.fd = ids, fd  # what we hold for it: its resources, and its record
+        self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
         self.pidfd: int | None = None
-        self.kill_at: float | None = None  # set when it was sent TERM
+        self.status: int | None = None  # how it ended, for where the shim could not write that
+        self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
 
 
 def describe(code: int | None) -> str:
@@ -404,10 +406,7 @@ class ResourcePoolBase:
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
-        # Runs whose shim was killed and that are not filed yet, and the status that counts if it was not the first.
-        self._cut_off: dict[str, int | None] = {}
-        self._cuts: dict[str, int] = {}  # how often that happened to a script
-        self._others: dict[str, float | None] = {}  # runs without us, and when to kill them if they are cancelled
+        self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         self._unfit: dict[str, str] = {}  # scripts in to_run that can never be claimed, and why
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
@@ -559,8 +558,8 @@ class ResourcePoolBase:
             name = numbered(script, n)
             if len(os.fsencode(name + '.exitcode')) > self._name_max:
                 raise FastgpuError(f'its name is too long, by {len(os.fsencode(name)) + 9 - self._name_max} bytes')
-            if any(map(os.path.lexists, [self.running / name, self.complete / name, self.fail / name])) \
-                    or self._was_started(name):
+            if any(map(os.path.lexists, [self.running / name, self.complete / name, self.fail / name,
+                                         *(self._out(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))])):
                 continue
             path = self._out(name, 'json')
             try:
@@ -609,8 +608,6 @@ class ResourcePoolBase:
         except BaseException as error:
             try:
                 if isinstance(error, OSError):  # nothing was started; of a KeyboardInterrupt that cannot be said
-                    for kind in ('stdout', 'stderr')[:len(files)]:
-                        os.unlink(self._out(run.name, kind))
                     self._unclaim(run.name, run.record['script'])
             finally:
                 os.close(run.fd)  # what could not be undone is for `_settle_others`
@@ -621,7 +618,7 @@ class ResourcePoolBase:
         self._runs[run.name] = run
         run.record['pid'] = run.process.pid
         with contextlib.suppress(OSError):  # a full disk: nothing but a message depends on these two
-            write_all(run.fd, json.dumps(run.record, default=str))
+            self._write_record(run)
             for ident in run.ids:
                 write_all(self._locks[ident][0], shown(
                     f'runs {run.name} of user {os.getuid()} (pid {run.process.pid}, {self.path})'))
@@ -631,30 +628,33 @@ class ResourcePoolBase:
 
     def _unclaim(self, name: str, script: str) -> None:
         """Undo the claim of a run that was never started, so that nothing of it is left."""
+        for kind in ('stdout', 'stderr'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._out(name, kind))
         safe_rename(self.running / name, self.to_run, script)
         os.unlink(self._out(name, 'json'))
 
-    def _settle(self, name: str, fd: int, record: dict[str, Any], status: int | None = None) -> bool:
-        """File the run `name`, which has ended and whose `record`, in the file `fd`, we hold, by what it left in out/.
+    def _settle(self, run: Run) -> bool:
+        """File a run that has ended, and whose record we hold, by what it left in out/.
 
-        Each step can be repeated: a crash between two leaves what the next settle completes. `status` is what its
-        shim exited with, which counts where the shim could not write it down. Returns whether the run is filed; where
-        it is not (a full disk), says why, once, and is to be called again.
+        Each step can be repeated: a crash between two leaves what the next settle completes. Returns whether the run
+        is filed; where it is not (a full disk), says why, once, and is to be called again.
         """
+        name, record = run.name, run.record
         script = record.get('script', name)
         where = self._where(record.get('ids', '?'))
         try:
-            if status is None and 'pid' not in record and not self._was_started(name):
+            if run.status is None and 'pid' not in record and not self._was_started(name):
                 self._unclaim(name, script)
                 log(f'{where}: requeue {shown(name)} (was not started)')
                 return True
             code, finished = self._exit_code(name)
-            if code is None and status is not None:
-                self._out(name, 'exitcode').write_text(str(status))
-                code = status
+            if code is None and run.status is not None:
+                self._out(name, 'exitcode').write_text(str(run.status))
+                code = run.status
             if 'finished' not in record:
                 record.update(finished=round(finished, 3), exitcode=code)
-                write_all(fd, json.dumps(record, default=str))
+                self._write_record(run)
             # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
             unknown = code is None and os.path.lexists(self._out(name, 'exitcode'))
             how = f'({"status unknown, the disk was full" if unknown else describe(code)}, ' \
@@ -680,6 +680,10 @@ class ResourcePoolBase:
             return False
         return True
 
+    def _write_record(self, run: Run) -> None:
+        """Write what we know of a run to its record. Raises OSError."""
+        write_all(run.fd, json.dumps(run.record, default=str))
+
     def _note_elsewhere(self, name: str, record: dict[str, Any], text: str) -> None:
         """Log how a run ended that is no longer in running/: cancelled by a person, or filed by another poller."""
         if record.get('cancelled'):
@@ -698,8 +702,10 @@ class ResourcePoolBase:
         return self.out / f'{name}.{kind}'
 
     def _was_started(self, name: str) -> bool:
-        """Return whether there is anything that the launch of a run `name`, or the run, wrote."""
-        return any(os.path.lexists(self._out(name, kind)) for kind in ('stdout', 'stderr', 'exitcode'))
+        """Return whether the run `name` wrote anything, by which it is known even without a pid in its record."""
+        sizes = [os.stat(self._out(name, kind)).st_size for kind in ('stdout', 'stderr')
+                 if os.path.exists(self._out(name, kind))]
+        return any(sizes) or os.path.lexists(self._out(name, 'exitcode'))
 
     def _host(self, fd: int) -> str:
         """Return the host of the run whose record is open in `fd`, or '' while that may still be on its way here.
@@ -736,17 +742,16 @@ class ResourcePoolBase:
         """
         began = time.monotonic()
         self._remove_strays()
-        elsewhere = 0
         while True:
-            self._collect()
             look = time.monotonic() >= self._look_at
             if look:
                 self._look_at = time.monotonic() + LOOK_AROUND
-                elsewhere = self._settle_others()
+                self._find_others()
+            self._collect(look)
             if self._signals:
                 if self._stop():
                     break
-            elif not self._start() and not self._runs and not elsewhere and exit_when_empty:
+            elif not self._start() and not self._runs and exit_when_empty:
                 if look:
                     break
                 self._look_at = 0.0  # leave only after a look around, which may requeue something
@@ -813,133 +818,123 @@ class ResourcePoolBase:
             self._say(name, f'{shown(name)} waits for {number} {self.kind}s at once, and all behind it wait too')
         return bool(ids)
 
-    def _collect(self) -> None:
-        """Settle those of our runs that have ended, and end those that a person took out of running/."""
+    def _find_others(self) -> None:
+        """Take up the runs in running/ that are not ours; `_collect` files them when they have ended."""
+        for name in sorted(os.listdir(self.running)):
+            if name not in self._runs and name[0] != '.':
+                self._runs[name] = Run(name)
+
+    def _collect(self, others: bool = False) -> None:
+        """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
         for run in list(self._runs.values()):
-            assert run.process
-            if run.process.returncode is None:
-                if run.kill_at is None and not os.path.lexists(self.running / run.name) \
-                        and self._exit_code(run.name)[0] is None:
-                    log(f'{self._where(run.ids)}: cancel {shown(run.name)}: it was taken out of running')
-                    self._terminate(run, 'cancelled')
-                if run.kill_at is not None:
-                    self._kill(run)
-            code = run.process.poll()
-            if code is None:
+            if not run.process and not others:
                 continue
-            if run.pidfd is not None:
-                self._poller.unregister(run.pidfd)
-                os.close(run.pidfd)
-                run.pidfd = None
-            if code >= 0 or run.record.get('cancelled'):
-                filed = self._settle(run.name, run.fd, run.record, code if code >= 0 else None)
-                for ident in run.ids:
-                    self.unlock(ident)
-                run.ids = ()  # from here on they may be another run's
-                self._ask_at.clear()  # they are free again, and with them perhaps all that the next script needs
-                if not filed:
-                    continue
-            else:
-                # Killed before it could write. The script may have survived that, and then holds its locks on: leave
-                # them to the kernel, and the run to `_settle_others`. A script that kills its own group each time
-                # would go round for ever: the second time counts as its end.
-                self._drop(run.ids)
-                script = run.record['script']
-                self._cuts[script] = self._cuts.get(script, 0) + (run.kill_at is None)
-                self._cut_off[run.name] = 128 - code if self._cuts[script] > 1 else None
-                self._look_at = 0.0
-            del self._runs[run.name]
-            os.close(run.fd)
-
-    def _terminate(self, run: Run, why: str) -> None:
-        """Send TERM to a run, and KILL after the grace period (see `_kill`); its record says `why`."""
-        assert run.process
-        run.kill_at = time.monotonic() + GRACE
-        run.record[why] = True  # on disk first: whoever settles it then knows
-        with contextlib.suppress(OSError):
-            write_all(run.fd, json.dumps(run.record, default=str))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.process.pid, signal.SIGTERM)
-
-    def _kill(self, run: Run) -> None:
-        """Kill what is left of a terminated run when its script has ended, or the grace period has."""
-        assert run.process
-        assert run.kill_at
-        # Not reaped yet (WNOWAIT), so that its pid is still its own.
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            if time.monotonic() >= run.kill_at or os.waitid(
-                    os.P_PID, run.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                os.killpg(run.process.pid, signal.SIGKILL)
-
-    def _settle_others(self) -> int:
-        """Settle the runs in running/ that have ended and have no poller; return how many others run on this host."""
-        names = [name for name in sorted(os.listdir(self.running)) if name not in self._runs and name[0] != '.']
-        elsewhere = 0
-        for name in {*names, *self._others}:
+            if run.kill_at is not None:
+                self._kill(run)
             try:
-                runs = self._settle_other(name) if name in names else self._cancel_other(name)
+                done = self._collect_ours(run, run.process) if run.process else self._collect_other(run)
             except OSError as error:
-                self._say(name, f'cannot tell how {shown(name)} is: {explain(error)}')
-                continue
-            if runs:
-                elsewhere += 1
-                self._others.setdefault(name, None)
-            else:
-                self._others.pop(name, None)
-                self._cut_off.pop(name, None)
-        return elsewhere
+                self._say(run.name, f'cannot tell how {shown(run.name)} is: {explain(error)}')
+                done = not run.process
+            if done:
+                del self._runs[run.name]
+            elif (run.kill_at is None and not os.path.lexists(self.running / run.name) and self._shim(run)
+                    and self._exit_code(run.name)[0] is None):
+                log(f'{self._where(run.record.get("ids", "?"))}: cancel {shown(run.name)}, taken out of running')
+                self._terminate(run, 'cancelled')
 
-    def _settle_other(self, name: str) -> bool:
-        """Settle a run in running/ that is not ours if it has ended; return whether it still has to, on this host."""
-        path = self._out(name, 'json')
+    def _collect_ours(self, run: Run, process: subprocess.Popen[bytes]) -> bool:
+        """Settle a run that we started, if its shim has ended; return whether it is filed."""
+        code = process.poll()
+        if code is None:
+            return False
+        if run.pidfd is not None:
+            self._poller.unregister(run.pidfd)
+            os.close(run.pidfd)
+            run.pidfd = None
+        if code < 0:
+            # Killed before it could write. The script may have survived that, and then holds its locks on: leave them
+            # to the kernel, and go on as with a run that we found. A script that kills its own group each time would
+            # go round for ever: the second time counts as its end.
+            self._drop(run.ids)
+            os.close(run.fd)
+            script = run.record['script']
+            self._cuts[script] = self._cuts.get(script, 0) + (run.kill_at is None)
+            run.status = 128 - code if self._cuts[script] > 1 else None
+            run.process, run.ids, run.fd = None, (), -1
+            self._look_at = 0.0
+            return False
+        run.status = code
+        filed = self._settle(run)
+        for ident in run.ids:
+            self.unlock(ident)
+        run.ids = ()  # from here on they may be another run's
+        self._ask_at.clear()  # they are free again, and with them perhaps all that the next script needs
+        if filed:
+            os.close(run.fd)
+        return filed
+
+    def _collect_other(self, run: Run) -> bool:
+        """Settle a run that we found, if it has ended; return whether there is nothing more to do for us."""
+        name, path = run.name, self._out(run.name, 'json')
         requeue = mv_command(self.running / name, self.to_run)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            run.fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
-            return False
+            return True
         try:
-            record, host = read_record(fd), self._host(fd)
-            if host not in ('', self.host):
-                self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
-                return False
+            run.record, host = read_record(run.fd), self._host(run.fd)
+            if host != self.host:
+                if host:
+                    self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
+                return True
             code, finished = self._exit_code(name)
             overdue = code is not None and time.time() - finished > OVERDUE
             # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
-            if host and (overdue or (lock_fd(fd, path) and (
-                    code is not None or not runs_shim(record.get('pid'), self._out(name, 'exitcode'))))):
-                return os.path.lexists(self.running / name) and not self._settle(
-                    name, fd, record, self._cut_off.get(name))
+            if overdue or (lock_fd(run.fd, path) and (code is not None or not self._shim(run))):
+                gone = not os.path.lexists(self.running / name) and not run.record.get('cancelled')
+                return gone or self._settle(run)
             self._say(name, f'{shown(name)} still runs, under another poller or none')
-            return True
-        finally:
-            os.close(fd)
-
-    def _cancel_other(self, name: str) -> bool:
-        """End a run that is not ours and that a person took out of running/; return whether it still runs."""
-        exitcode = self._out(name, 'exitcode')
-        try:
-            fd = os.open(self._out(name, 'json'), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
             return False
-        try:
-            record = read_record(fd)
-            pid = record.get('pid')
-            if self._exit_code(name)[0] is not None or not runs_shim(pid, exitcode):
-                if record.get('cancelled'):
-                    self._settle(name, fd, record)
-                return False
-            kill_at = self._others[name]
-            if kill_at is None:
-                log(f'{self._where(record["ids"])}: cancel {shown(name)}: it was taken out of running')
-                write_all(fd, json.dumps({**record, 'cancelled': True}))
-                self._others[name] = time.monotonic() + GRACE
-                os.killpg(record['pid'], signal.SIGTERM)
-            elif time.monotonic() >= kill_at:
-                os.killpg(record['pid'], signal.SIGKILL)
-            return True
         finally:
-            os.close(fd)
+            os.close(run.fd)
+            run.fd = -1
+
+    def _shim(self, run: Run) -> int | None:
+        """Return the pid of the shim of a run, which is the id of its process group, or None if it is not alive."""
+        if run.process:
+            return run.process.pid if run.process.returncode is None else None
+        pid = run.record.get('pid')
+        return pid if isinstance(pid, int) and runs_shim(pid, self._out(run.name, 'exitcode')) else None
+
+    def _signal(self, run: Run, signum: int) -> None:
+        """Send a signal to the process group of a run, if its shim is alive, so that the group is still its own."""
+        pid = self._shim(run)
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signum)
+
+    def _terminate(self, run: Run, why: str) -> None:
+        """Send TERM to a run, and KILL after the grace period (see `_kill`); its record says `why`."""
+        run.kill_at = time.monotonic() + GRACE
+        run.record[why] = True  # on disk first: whoever settles it then knows
+        with contextlib.suppress(OSError):
+            if run.process:
+                self._write_record(run)
+            else:
+                with open(self._out(run.name, 'json'), 'r+b', 0) as file:
+                    write_all(file.fileno(), json.dumps(run.record, default=str))
+        self._signal(run, signal.SIGTERM)
+
+    def _kill(self, run: Run) -> None:
+        """Kill what is left of a run that got TERM, if its script has ended or its grace period has."""
+        ended = None
+        if run.process and run.process.returncode is None:
+            with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
+                ended = os.waitid(os.P_PID, run.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended or time.monotonic() >= (run.kill_at or 0):
+            self._signal(run, signal.SIGKILL)
 
     def _remove_strays(self) -> None:
         """Remove the records of runs that never were: their poller died between the record and the rename."""
@@ -963,7 +958,7 @@ class ResourcePoolBase:
 
     def _stop(self) -> bool:
         """Do what the signals so far ask for; return whether it is done."""
-        # A run that has ended and cannot be filed now is for the next poller.
+        # Ours that run; one that has ended and cannot be filed now is for the next poller.
         alive = [run for run in self._runs.values() if run.process and run.process.returncode is None]
         if self._signals == [signal.SIGINT]:
             if alive and 'stop' not in self._said:
@@ -977,9 +972,10 @@ class ResourcePoolBase:
         for run in alive:
             if run.kill_at is None and self._exit_code(run.name)[0] is None:
                 self._terminate(run, 'stopped')
-        if self._cut_off:
+        killed = [run for run in self._runs.values() if not run.process and run.kill_at is not None]
+        if killed:
             self._look_at = 0.0
-        return not (alive or self._cut_off) or time.monotonic() > self._stop_at + 2 * GRACE
+        return not (alive or killed) or time.monotonic() > self._stop_at + 2 * GRACE
 
     def _say(self, about: Hashable, text: str) -> None:
         """Log `text` unless it is what was last said about this, but for amounts of memory, which always change."""
@@ -1459,6 +1455,8 @@ def main(args: list[str] | None = None) -> int:
     except (FastgpuError, OSError) as error:
         print(f'fastgpu_poll: {explain(error)}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, if our parent did, it would hide how the shims end
     for signum in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(signum) != signal.SIG_IGN:  # as of a job that a shell has put into the background

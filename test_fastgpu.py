@@ -2,9 +2,12 @@
 real nvidia-ml-py on a fake driver library, and real ones under the marker `gpu`."""
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -64,14 +67,14 @@ class Queue:
     def open_gate(self, name='gate'):
         (self.path / name).touch()
 
-    def start(self, *args, command=(sys.executable, str(MODULE)), **kwargs):
+    def start(self, *args, command=(sys.executable, str(MODULE)), log=None, **kwargs):
         """Start a poller in the background."""
         args = args or ('--workers', '2')
-        number = len(self.pollers)
-        with open(self.path / f'poller-{number}.log', 'w') as err:
-            poller = subprocess.Popen([*command, '--path', str(self.path), *args], stderr=err, stdout=err,
+        log = log or self.path / f'poller-{len(self.pollers)}.log'
+        with open(log, 'w') as err:
+            poller = subprocess.Popen([*command, *args, '--path', str(self.path)], stderr=err, stdout=err,
                                       stdin=subprocess.DEVNULL, **kwargs)
-        poller.log = lambda: (self.path / f'poller-{number}.log').read_text(errors='surrogateescape')
+        poller.log = lambda: log.read_text(errors='surrogateescape')
         self.pollers.append(poller)
         return poller
 
@@ -109,23 +112,23 @@ class Queue:
         return json.loads(self.out(f'{name}.json'))
 
 
+@pytest.fixture(autouse=True)
+def no_left_overs(tmp_path):
+    """End what a test left running: the processes whose command names a file of the test's own folder."""
+    yield
+    for command in Path('/proc').glob('[0-9]*/cmdline'):
+        with contextlib.suppress(OSError):
+            if os.fsencode(tmp_path) in command.read_bytes():
+                os.kill(int(command.parent.name), signal.SIGKILL)
+
+
 @pytest.fixture
 def queue(tmp_path):
     queue = Queue(tmp_path / 'q')
     yield queue
-    queue.open_gate()
     for poller in queue.pollers:
         poller.kill()
         poller.wait()
-    # What a test left running is ours to end: the sessions that the records name and still lock.
-    for path in (tmp_path / 'q' / 'out').glob('*.json'):
-        with open(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid = json.load(file).get('pid')
-                if pid:
-                    os.killpg(pid, signal.SIGKILL)
 
 
 # --- Messages -------------------------------------------------------------------------------------------------------
@@ -548,8 +551,7 @@ def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
         assert queue.all() == {'a.sh': 'to_run'}
         assert queue.names('out') == []
     assert files > 6
-    queue.poll()
-    assert list(queue.all().values()) == ['complete']
+    assert list(queue.all()) == ['a.sh']
 
 
 # --- Pools: killed pollers ------------------------------------------------------------------------------------------
@@ -840,6 +842,483 @@ def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
     os.killpg(queue.record('a.sh')['pid'], signal.SIGTERM)
     until(lambda: queue.has_out('a.sh.exitcode'))
     assert queue.out('a.sh.exitcode') == '6'
+
+
+def test_grandchildren_die_with_a_script_that_is_stopped(queue):
+    queue.add('a.sh', '(trap "" TERM; sh -c "echo \\$PPID"; while :; do sleep 0.01; done) & wait')
+    poller = queue.start('--workers', '1')
+    grandchild = int(until(lambda: queue.has_out('a.sh.stdout')))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+    until(lambda: not os.path.exists(f'/proc/{grandchild}'))
+
+
+def test_what_cannot_be_filed_does_not_keep_the_poller_from_being_stopped(queue):
+    queue.add('a.sh', 'exit 3')
+    (queue.path / 'fail').rmdir()
+    (queue.path / 'fail').touch()
+    poller = queue.start('--workers', '1', command=(sys.executable, '-c', (
+        'import fastgpu, sys; fastgpu.check_dirs = lambda *_: None\n'
+        'fastgpu.setup_dirs = lambda p: [fastgpu.Path(p) / n for n in "to_run running complete fail out".split()]\n'
+        'sys.exit(fastgpu.main())')), cwd=MODULE.parent)
+    until(lambda: 'cannot file a.sh now: ' in poller.log())
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.names('running') == ['a.sh']
+    (queue.path / 'fail').unlink()
+    assert queue.poll()[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}  # it failed before it was stopped
+
+
+# --- Rule 1 and 2: a crash of the poller at every step ---------------------------------------------------------------
+
+CRASH = """
+import os, signal, sys, fastgpu
+left = int(sys.argv.pop(1))
+def step():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def audit(event, args):
+    if event in STEPS or event == 'open' and isinstance(args[2], int) and args[2] & os.O_CREAT:
+        step()
+STEPS = 'os.rename', 'os.remove', 'os.truncate', 'os.chmod', 'os.killpg', 'fcntl.flock', 'subprocess.Popen'
+def also_before(module, name):
+    function = getattr(module, name)
+    setattr(module, name, lambda *args: [step(), function(*args)][1])
+also_before(os, 'pwrite')
+also_before(os, 'pidfd_open')
+also_before(fastgpu, 'rename_new')
+sys.addaudithook(audit)
+sys.exit(fastgpu.main())
+"""
+
+
+@pytest.mark.parametrize(('body', 'status', 'folder'), [('exit 3', 1, 'fail'), ('kill -9 0', 1, 'fail')])
+def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, status, folder):
+    for number in itertools.count(1):
+        queue = Queue(tmp_path / str(number))
+        queue.add('a.sh', f'echo run >> {queue.path}/ran; echo whole; {body}')
+        crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
+        code = crashing.wait(30)
+        for record in (queue.path / 'out').glob('*.json'):
+            if record.stat().st_size == 0:
+                os.utime(record, (1, 1))  # as a minute later
+        if code != -signal.SIGKILL:
+            break
+        queue.poll('--workers', '1')
+        runs = [name for name in queue.all() if queue.all()[name] == folder]
+        assert len(queue.all()) == len(runs) == 1, number
+        ran = (queue.path / 'ran').read_text().count('run')
+        assert ran == len([name for name in queue.names('out') if name.endswith('.stdout')]), number
+        if body == 'exit 3':
+            assert ran == 1, number
+            assert queue.out(f'{runs[0]}.exitcode') == '3'
+        assert queue.out(f'{runs[0]}.stdout') == 'whole\n'
+        assert all('finished' in queue.record(name[:-5]) for name in queue.names('out') if name.endswith('.json'))
+        assert FixedWorkerPool([0], queue.path).find_next() == 0
+    assert code == status
+    assert number > 20
+
+
+def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue):
+    queue.add('a.sh', 'kill -9 0')
+    status, log = queue.poll('--workers', '1')
+    assert status == 1
+    assert queue.all() == {'a-1.sh': 'fail'}
+    assert queue.out('a-1.sh.exitcode') == '137'
+    assert 'requeue a.sh (cut off' in log
+
+
+@pytest.mark.parametrize('signum', ['USR1', 'USR2', 'ALRM', 'PIPE', 'QUIT', 'HUP', 'INT', 'TERM'])
+def test_a_signal_to_its_group_is_for_the_script_to_handle(queue, signum):
+    queue.add('a.sh', f'trap "echo caught" {signum}; kill -{signum} 0; echo done')
+    assert queue.poll()[0] == 0
+    assert queue.out('a.sh.stdout') == 'caught\ndone\n'
+
+
+def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
+    queue.add('a.sh', queue.gate())
+    command = f'exec {sys.executable} {MODULE} --workers 1 --path {queue.path} <&- >&- 2>&-'
+    first = subprocess.Popen(['/bin/sh', '-c', command])
+    queue.pollers.append(first)
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    first.kill()
+    first.wait()
+    queue.add('b.sh')
+    second = queue.start('--workers', '1')
+    until(lambda: 'worker 0 busy: runs a.sh' in second.log())
+    until(lambda: 'a.sh still runs' in second.log())
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queue):
+    queue.add('cut.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
+    queue.add('ended.sh', 'exit 4')
+    first = queue.start('--workers', '2', command=(sys.executable, '-c', (
+        'import fastgpu, sys; fastgpu.ResourcePoolBase._collect = lambda *_: None; sys.exit(fastgpu.main())')),
+        cwd=MODULE.parent)
+    until(lambda: queue.has_out('ended.sh.exitcode') and (queue.path / 'ran').exists())
+    first.kill()
+    first.wait()
+    os.killpg(queue.record('cut.sh')['pid'], signal.SIGKILL)
+    assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
+    queue.open_gate()
+    assert queue.poll()[0] == 1
+    assert queue.all() == {'cut-1.sh': 'complete', 'ended.sh': 'fail'}
+    assert (queue.path / 'ran').read_text() == 'run\nrun\n'
+
+
+def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_script(queue):
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    popen = subprocess.Popen.__init__
+
+    def interrupted(*args, **kwargs):
+        popen(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    subprocess.Popen.__init__ = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool.poll_scripts()
+    finally:
+        subprocess.Popen.__init__ = popen
+    assert pool.lock_next() is None
+    queue.open_gate()
+    assert pool.poll_scripts() == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+# --- Rule 6: machine trouble -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A queue on a disk of 64 KiB."""
+    path = tmp_path / 'disk'
+    path.mkdir()
+    if os.getuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k,mode=755', 'tmpfs', path], check=False,
+                                     capture_output=True).returncode:
+        pytest.skip('cannot mount a small disk here')
+    queue = Queue(path)
+    yield queue
+    for poller in queue.pollers:
+        poller.kill()
+        poller.wait()
+    until(lambda: subprocess.run(['umount', path], check=False, capture_output=True).returncode == 0)
+
+
+def fill(path):
+    """Fill the disk to the last byte; return the file that does."""
+    with open(path / 'filler', 'wb', 0) as file:
+        while True:
+            try:
+                file.write(b'x' * 4096)
+            except OSError:
+                return path / 'filler'
+
+
+def test_a_full_disk_delays_a_start_and_loses_nothing(small_disk, tmp_path):
+    queue = small_disk
+    queue.add('a.sh', 'echo once')
+    poller = queue.start('--workers', '1', '--exit', '0', log=tmp_path / 'log')
+    until(lambda: queue.names('complete') == ['a.sh'])
+    queue.add('b.sh', 'echo once', mode=0o644)
+    filler = fill(queue.path)
+    (queue.path / 'to_run' / 'b.sh').chmod(0o755)
+    until(lambda: 'cannot start b.sh now: ' in poller.log())
+    assert queue.names('to_run') == ['b.sh']
+    assert FixedWorkerPool([0], queue.path).find_next() == 0  # not held meanwhile
+    filler.unlink()
+    until(lambda: queue.names('complete') == ['a.sh', 'b.sh'])
+    assert queue.out('b.sh.stdout') == 'once\n'
+    assert poller.poll() is None
+
+
+def test_a_script_that_ends_on_a_full_disk_is_filed_with_its_status_when_there_is_room(small_disk, tmp_path):
+    queue = small_disk
+    queue.add('a.sh', f'while [ ! -e {tmp_path}/full ]; do sleep 0.01; done; exit 5')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    filler = fill(queue.path)
+    (tmp_path / 'full').touch()
+    until(lambda: 'cannot file a.sh now: ' in poller.log())
+    assert queue.all() == {'a.sh': 'running'}
+    assert FixedWorkerPool([0], queue.path).find_next() == 0
+    filler.unlink()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.exitcode') == '5'
+
+
+def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_script_not_repeated(small_disk, tmp_path):
+    queue = small_disk
+    queue.add('a.sh', f'while [ ! -e {tmp_path}/full ]; do sleep 0.01; done; echo x >> {tmp_path}/ran; exit 5')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    poller.kill()
+    poller.wait()
+    filler = fill(queue.path)
+    (tmp_path / 'full').touch()
+    until(lambda: 'a.sh.exitcode' in queue.names('out'))
+    until(lambda: not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}'))
+    filler.unlink()
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    assert poller.wait(30) == 1
+    assert 'fail a.sh (status unknown, the disk was full, ' in poller.log()
+    assert queue.all() == {'a.sh': 'fail'}
+    assert (tmp_path / 'ran').read_text() == 'x\n'
+
+
+def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
+    queue = small_disk
+    queue.add('a.sh', f'while [ ! -e {tmp_path}/go ]; do sleep 0.01; done; exit 5')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    pid = queue.record('a.sh')['pid']
+    (tmp_path / 'go').touch()
+    poller.send_signal(signal.SIGSTOP)
+    until(lambda: Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z')
+    (queue.path / 'out' / 'a.sh.exitcode').unlink()  # as if it had not been able to write
+    until(lambda: subprocess.run(['mount', '-o', 'remount,ro', queue.path], check=False,
+                                 capture_output=True).returncode == 0 or poller.send_signal(signal.SIGCONT))
+    poller.send_signal(signal.SIGCONT)
+    until(lambda: 'cannot file a.sh now: ' in poller.log() or poller.poll() is not None)
+    subprocess.run(['mount', '-o', 'remount,rw', queue.path], check=True)
+    poller.wait(30)
+    assert queue.all() == {'a.sh': 'fail'}
+
+
+def test_a_folder_that_vanishes_is_made_again(queue):
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['a.sh'])
+    (queue.path / 'complete').rmdir()
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_a_queue_that_vanishes_ends_its_poller_with_one_line(queue):
+    poller = queue.start('--workers', '1', '--exit', '0', log=queue.path.parent / 'log')
+    queue.let_look(poller)
+    os.rename(queue.path, queue.path.parent / 'elsewhere')
+    assert poller.wait(30) == 1
+    assert re.search(r'^fastgpu_poll: .*/q/\w+: No such file or directory; what runs goes on', poller.log(), re.M)
+    assert 'Traceback' not in poller.log()
+
+
+@pytest.mark.parametrize('jump', [-7200, 7200])
+def test_a_clock_that_jumps_costs_nothing(queue, monkeypatch, jump):
+    now, began = time.time, time.monotonic()
+    monkeypatch.setattr(time, 'time', lambda: now() + (jump if time.monotonic() > began + 0.3 else 0))
+    for n in range(6):
+        queue.add(f'{n}.sh', 'sleep 0.1')
+    assert FixedWorkerPool([0], queue.path).poll_scripts() == 0
+    assert len(queue.names('complete')) == 6
+
+
+def test_a_script_that_cannot_be_moved_stays_and_the_others_run(queue):
+    if os.getuid() or not shutil.which('chattr'):
+        pytest.skip('needs root and chattr')
+    script = queue.add('a.sh')
+    queue.add('b.sh')
+    if subprocess.run(['chattr', '+i', script], check=False, capture_output=True).returncode:
+        pytest.skip('no immutable files here')
+    try:
+        status, log = queue.poll('--workers', '1')
+    finally:
+        subprocess.run(['chattr', '-i', script], check=True)
+    assert status == 1
+    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
+    assert 'left in to_run: a.sh (it cannot be moved: Operation not permitted)' in log
+
+
+# --- Rule 7: a person in the folders ---------------------------------------------------------------------------------
+
+def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
+    for name in 'moved.sh', 'removed.sh':
+        queue.add(name, f'echo ready >> {queue.path}/{name}; exec sleep 1000')
+    poller = queue.start('--workers', '2', '--exit', '0')
+    until(lambda: (queue.path / 'moved.sh').exists() and (queue.path / 'removed.sh').exists())
+    os.rename(queue.path / 'running' / 'moved.sh', queue.path / 'moved-away.sh')
+    (queue.path / 'running' / 'removed.sh').unlink()
+    until(lambda: queue.record('moved.sh').get('finished') and queue.record('removed.sh').get('finished'))
+    assert queue.record('moved.sh')['cancelled'] is True
+    assert queue.out('removed.sh.exitcode') == '143'
+    assert queue.all() == {}
+    until(lambda: 'cancelled moved.sh (status 143, SIGTERM' in poller.log())
+    queue.add('next.sh')
+    until(lambda: queue.names('complete') == ['next.sh'])  # the slots are free again
+
+
+def test_mv_of_a_running_script_back_to_to_run_starts_it_anew_when_it_has_ended(queue):
+    queue.add('a.sh', 'trap "sleep 0.3; echo end; exit 1" TERM; echo start; while :; do sleep 0.01; done')
+    poller = queue.start('--workers', '2')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    held = FixedWorkerPool([0, 1], queue.path)
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')
+    until(lambda: queue.has_out('a-1.sh.stdout'))
+    assert queue.out('a.sh.stdout') == 'start\nend\n'
+    assert queue.record('a-1.sh')['started'] >= queue.record('a.sh')['finished']
+    os.unlink(queue.path / 'running' / 'a-1.sh')
+    assert poller.wait(30) == 0
+    assert held.find_next() == 0
+
+
+def test_cancelling_works_for_the_script_of_a_dead_poller_too(queue):
+    queue.add('a.sh', 'echo ready; exec sleep 1000')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'a.sh still runs' in second.log())
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'fail' / 'a.sh')
+    assert second.wait(30) == 0
+    assert queue.out('a.sh.exitcode') == '143'
+    assert queue.record('a.sh')['cancelled'] is True
+    assert queue.all() == {'a.sh': 'fail'}
+
+
+def test_mv_back_from_fail_runs_again_and_keeps_both_outputs(queue):
+    queue.add('a.sh', f'echo $$; [ -e {queue.path}/gate ]')
+    assert queue.poll()[0] == 1
+    os.rename(queue.path / 'fail' / 'a.sh', queue.path / 'to_run' / 'a.sh')
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a-1.sh': 'complete'}
+    assert queue.out('a.sh.stdout') != queue.out('a-1.sh.stdout')
+    assert (queue.out('a.sh.exitcode'), queue.out('a-1.sh.exitcode')) == ('1', '0')
+
+
+def test_removing_from_out_and_complete_at_any_time_harms_nothing(queue):
+    queue.add('done.sh')
+    queue.poll()
+    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'exit 3')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    for folder in 'out', 'complete':
+        for name in queue.names(folder):
+            (queue.path / folder / name).unlink()
+    queue.open_gate()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.exitcode') == '3'
+
+
+def test_files_of_others_in_out_are_left_alone(queue):
+    out = queue.path / 'out'
+    (out / 'metrics.json').write_text('{"loss": 0.1}')
+    (out / 'records.json').write_text('[]')
+    (out / 'folder.json').mkdir()
+    os.mkfifo(out / 'fifo.json')
+    os.utime(out / 'metrics.json', (1, 1))
+    queue.add('metrics')
+    queue.add('fifo')
+    assert queue.poll()[0] == 0
+    assert (out / 'metrics.json').read_text() == '{"loss": 0.1}'
+    assert {'metrics-1.json', 'fifo-1.json', 'folder.json', 'records.json'} <= set(queue.names('out'))
+
+
+def test_an_edited_record_does_not_make_its_script_run_twice(queue):
+    queue.add('a.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
+    first = queue.start('--workers', '1')
+    until(lambda: (queue.path / 'ran').exists() and 'pid' in queue.record('a.sh'))
+    record = queue.path / 'out' / 'a.sh.json'
+    shutil.copy(record, record.with_suffix('.new'))
+    os.rename(record.with_suffix('.new'), record)  # as editors do: a new file, which nobody locks
+    second = queue.start('--workers', '2')
+    until(lambda: 'a.sh still runs' in second.log())
+    queue.open_gate()
+    assert [first.wait(30), second.wait(30)] == [0, 0]
+    assert queue.all() == {'a.sh': 'complete'}
+    assert (queue.path / 'ran').read_text() == 'run\n'
+
+
+@pytest.mark.parametrize('kind', ['folder', 'fifo', 'link'])
+def test_one_odd_file_does_not_stop_the_others(queue, kind):
+    for name in 'a.sh', 'b.sh':
+        queue.add(name)
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    record = queue.path / 'out' / 'a.sh.json'
+    {'folder': Path.mkdir, 'fifo': os.mkfifo, 'link': lambda path: path.symlink_to('/etc/passwd')}[kind](record)
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'complete'}
+    assert 'a.sh' in log
+
+
+# --- Rule 2: several hosts -------------------------------------------------------------------------------------------
+
+def on_host(name):
+    """Return the words that start a poller on a host of that name."""
+    words = ['unshare', '--uts', 'sh', '-c', 'hostname "$0" && exec "$@"', name]
+    if os.getuid() or subprocess.run([*words, 'true'], check=False, capture_output=True).returncode:
+        pytest.skip('cannot make another host name here')
+    return (*words, sys.executable, str(MODULE))
+
+
+def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue):
+    for n in range(40):
+        queue.add(f'{n:02}', f'echo {n} >> {queue.path}/ran')
+    queue.add('00', f'echo 0 >> {queue.path}/ran; ' + queue.gate())
+    pollers = [queue.start('--workers', '1', command=on_host(name)) for name in ('one', 'two')]
+    until(lambda: len(queue.names('complete')) == 39)
+    owner = ['one', 'two'].index(queue.record('00')['host'])
+    other = pollers[1 - owner]
+    assert other.wait(30) == 0  # what runs elsewhere is not waited for
+    assert queue.names('running') == ['00']
+    pollers[owner].kill()
+    pollers[owner].wait()
+    os.killpg(queue.record('00')['pid'], signal.SIGKILL)
+    third = queue.start('--workers', '1', command=on_host(['one', 'two'][1 - owner]))
+    assert third.wait(30) == 0
+    assert queue.names('running') == ['00']
+    command = re.search(f'00 runs on {["one", "two"][owner]}; if that host is gone: (mv .*)', third.log())[1]
+    subprocess.run(command, shell=True, check=True)
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert sorted(map(int, (queue.path / 'ran').read_text().split())) == sorted([0, *range(40)])
+
+
+# --- Rule 3: other users ---------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_no_other_user_can_free_a_gpu_or_make_us_write_to_our_own_files(tmp_path):
+    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
+        os.chmod(path, 0o1777)
+        lock = Path(path) / 'fastgpu-X.lock'
+        fd = fastgpu.take_lock(lock)
+        attack = f"""
+import fcntl, os, sys
+os.setgid(65534); os.setuid(65534)
+for attempt in (lambda: os.unlink({str(lock)!r}), lambda: os.rename({str(lock)!r}, {str(lock)!r} + '2'),
+                lambda: os.chmod({str(lock)!r}, 0),
+                lambda: fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)):
+    try:
+        attempt()
+    except OSError:
+        continue
+    sys.exit('it worked')
+fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_UN)
+open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
+"""
+        subprocess.run([sys.executable, '-c', attack], check=True)
+        assert fastgpu.take_lock(lock) is None
+        assert fastgpu.read_note(lock) == r'\x1b[2Jnobody uses this'
+        os.close(fd)
+        os.chown(lock, 65534, 65534)  # a file that another user made is as good
+        os.chmod(lock, 0o666)
+        fd = fastgpu.take_lock(lock)
+        assert fd is not None
+        os.close(fd)
 
 
 # --- GPUs: the real nvidia-ml-py on a fake driver library ------------------------------------------------------------
@@ -1570,6 +2049,132 @@ def test_a_real_gpu_runs_a_script_that_sees_it(queue):
     assert poller.wait(60) == 0
     ident = queue.record('a.sh')['ids'][0]
     assert queue.out('a.sh.stdout').startswith(f'{ident} {ident} PCI_BUS_ID\n')
+
+
+# --- All rules: random fire ------------------------------------------------------------------------------------------
+
+class Fire:
+    """Pollers on one queue with fake GPUs, killed and started at random, and a person who adds and moves scripts."""
+
+    BODY = """exec 9>{path}/held/$FASTGPU_ID
+flock -n 9 || echo {token} >> {path}/clash
+trap 'exit 9' TERM
+echo {token}; sleep {seconds} & wait
+echo {token} >> {path}/ended; echo end; exit {status}"""
+
+    def __init__(self, queue, seed):
+        self.queue, self.random = queue, random.Random(seed)
+        (queue.path / 'held').mkdir()
+        self.tokens, self.touched, self.kills = 0, set(), 0
+        self.statuses = {}
+        self.live = []
+
+    def start_poller(self):
+        self.live.append(self.queue.start('--exit', '0'))
+
+    def stop_poller(self):
+        poller = self.live.pop(self.random.randrange(len(self.live)))
+        for signum in self.random.choice([[signal.SIGKILL], [signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT],
+                                          [signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGKILL]]):
+            poller.send_signal(signum)
+            time.sleep(self.random.random() / 20)
+        self.kills += 1
+
+    def add(self):
+        self.tokens += 1
+        token = f't{self.tokens:05}'
+        name = f's{self.random.randrange(30)}.sh'
+        if os.path.lexists(self.queue.path / 'to_run' / name):
+            name = f'{token}.sh'
+        self.statuses[token] = self.random.choice([0, 0, 1, 77])
+        body = self.BODY.format(path=self.queue.path, token=token, status=self.statuses[token],
+                                seconds=round(self.random.random() / 5, 3))
+        draft = self.queue.path / token
+        draft.write_text(f'#!/bin/sh\n{body}\n')
+        draft.chmod(0o755)
+        os.rename(draft, self.queue.path / 'to_run' / name)
+
+    def move_by_hand(self):
+        source = self.random.choice(['running', 'to_run', 'fail', 'complete'])
+        for name in self.queue.names(source)[:1]:
+            file = self.queue.path / source / name
+            with contextlib.suppress(FileNotFoundError):
+                self.touched.add(re.search('t[0-9]{5}', file.read_text())[0])
+                target = self.queue.path / self.random.choice(['to_run', 'trash']) / name
+                if not target.exists():
+                    os.rename(file, target)
+
+    def cut_off(self):
+        for name in self.queue.names('running')[:1]:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                token = re.search('t[0-9]{5}', (self.queue.path / 'running' / name).read_text())[0]
+                pid = self.queue.record(name)['pid']
+                if fastgpu.runs_shim(pid, self.queue.path / 'out' / f'{name}.exitcode'):
+                    self.touched.add(token)
+                    os.killpg(pid, signal.SIGKILL)
+
+    def rage(self, seconds):
+        (self.queue.path / 'trash').mkdir()
+        deadline = time.monotonic() + seconds
+        actions = [self.add] * 12 + [self.stop_poller] * 3 + [self.move_by_hand, self.cut_off]
+        while time.monotonic() < deadline:
+            while len(self.live) < 3:
+                self.start_poller()
+            self.random.choice(actions)()
+            time.sleep(self.random.random() / 25)
+        for poller in self.live:
+            poller.kill()
+        for poller in self.queue.pollers:
+            poller.wait()
+
+    def check(self):
+        queue = self.queue
+        last = queue.start('--exit', '1')
+        last.wait(60)
+        for poller in queue.pollers:  # but for an INT while Python itself still starts
+            assert 'Traceback' not in poller.log() or 'KeyboardInterrupt' in poller.log()
+        assert not (queue.path / 'clash').exists()
+        ended = Counter((queue.path / 'ended').read_text().split())
+        where = {}
+        for name, folder in queue.all().items():
+            token = re.search('t[0-9]{5}', (queue.path / folder / name).read_text())[0]
+            where.setdefault(token, []).append((folder, name))
+        for token, status in self.statuses.items():
+            if token in self.touched:
+                continue
+            assert ended[token] == 1, token
+            [(folder, name)] = where[token]
+            assert folder == ('fail' if status else 'complete')
+            assert queue.out(f'{name}.exitcode') == str(status)
+            assert queue.out(f'{name}.stdout') == f'{token}\nend\n'
+            assert queue.record(name)['exitcode'] == status
+        for name in queue.names('out'):
+            if name.endswith('.json'):  # what was taken out of running while no poller looked has no end in its record
+                token = (queue.has_out(f'{name[:-5]}.stdout') or '')[:6]
+                assert 'finished' in queue.record(name[:-5]) or token in {*self.touched, ''}, name
+            else:
+                assert f'{os.path.splitext(name)[0]}.json' in queue.names('out'), name
+        return f'{self.tokens} scripts, {self.kills} pollers stopped, {len(self.touched)} scripts touched by hand'
+
+
+def test_random_fire(gpus, queue):
+    gpus.have(3)
+    fire = Fire(queue, seed=int(os.environ.get('SEED', time.time())))
+    fire.rage(6)
+    fire.check()
+
+
+@pytest.mark.soak
+def test_soak(gpus, tmp_path, capsys):
+    gpus.have(4)
+    deadline = time.monotonic() + float(os.environ.get('SECONDS', 600))
+    for seed in itertools.count():
+        if time.monotonic() > deadline:
+            break
+        fire = Fire(Queue(tmp_path / f'q{seed}'), seed)
+        fire.rage(min(60, max(5, deadline - time.monotonic())))
+        with capsys.disabled():
+            print(f'\nseed {seed}: {fire.check()}')
 
 
 # --- Command --------------------------------------------------------------------------------------------------------
