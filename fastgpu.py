@@ -306,9 +306,12 @@ def read_note(path: StrPath) -> str:
 
 # Outlives the poller, and signals to its group until the script is done; writes the status of the words after its
 # first to the file that is its first. A trap that is set, unlike a signal that is ignored, is not inherited by what it
-# runs. `set +e` is for an environment with SHELLOPTS=errexit, the long name for one with a variable x.
-SHIM = ('set +e; fastgpu_exitcode=$1; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
-        '"$@"; s=$?; printf %s $s >"$fastgpu_exitcode"; exit $s')
+# runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is for an environment with
+# SHELLOPTS=errexit, the long names are for one that has short ones.
+NOT_STARTED = 254
+SHIM = ('set +e; fastgpu_file=$1 fastgpu_status=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
+        f'trap \'[ "$fastgpu_status" ] || exit {NOT_STARTED}\' EXIT; '
+        '"$@"; fastgpu_status=$?; printf %s $fastgpu_status >"$fastgpu_file"; exit $fastgpu_status')
 
 
 def write_all(fd: int, text: str) -> None:
@@ -864,8 +867,14 @@ class ResourcePoolBase:
             run.process, run.ids, run.fd = None, (), -1
             self._look_at = 0.0
             return False
-        run.status = code
-        filed = self._settle(run)
+        if code == NOT_STARTED and self._exit_code(run.name)[0] is None:
+            self._say('start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
+            self._start_at = time.monotonic() + LOOK_AROUND
+            self._unclaim(run.name, run.record['script'])
+            filed = True
+        else:
+            run.status = code
+            filed = self._settle(run)
         for ident in run.ids:
             self.unlock(ident)
         run.ids = ()  # from here on they may be another run's
@@ -962,8 +971,7 @@ class ResourcePoolBase:
         alive = [run for run in self._runs.values() if run.process and run.process.returncode is None]
         if self._signals == [signal.SIGINT]:
             if alive and 'stop' not in self._said:
-                self._say('stop', f'interrupted: nothing new starts; waiting for {count(len(alive), "script")} '
-                                  '(Ctrl-C again: stop)')
+                self._say('stop', f'interrupted: waiting for {count(len(alive), "script")} (again: stop)')
             return not alive
         if self._stop_at is None:
             self._stop_at = time.monotonic()

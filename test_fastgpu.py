@@ -761,7 +761,7 @@ def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: nothing new starts; waiting for 1 script (Ctrl-C again: stop)' in poller.log())
+    until(lambda: 'interrupted: waiting for 1 script (again: stop)' in poller.log())
     queue.open_gate()
     assert poller.wait(30) == 130
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
@@ -1092,6 +1092,28 @@ def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
     subprocess.run(['mount', '-o', 'remount,rw', queue.path], check=True)
     poller.wait(30)
     assert queue.all() == {'a.sh': 'fail'}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='root has no limit of processes, and only root can become another user')
+def test_no_process_for_a_script_delays_its_start():
+    limit = ('import locale, os, resource, shutil, sys, fastgpu; os.setgid(12345); os.setuid(12345)\n'
+             'resource.setrlimit(resource.RLIMIT_NPROC, (int(sys.argv.pop(1)),) * 2); sys.exit(fastgpu.main())')
+    with tempfile.TemporaryDirectory() as path:
+        queue = Queue(Path(path))
+        queue.add('a.sh', 'exit 3')
+        for folder in path, *Path(path).iterdir():
+            os.chown(folder, 12345, 12345)
+        for number in 1, 2:  # for the poller alone, and for the shim too
+            with tempfile.TemporaryDirectory() as logs:
+                poller = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', limit),
+                                     cwd=MODULE.parent, log=Path(logs) / 'log')
+                until(lambda poller=poller: 'cannot start a.sh now: ' in poller.log())
+                poller.terminate()
+                assert poller.wait(30) == 143
+            assert queue.all() == {'a.sh': 'to_run'}
+            assert queue.names('out') == []
+        assert queue.poll('--workers', '1')[0] == 1
+        assert queue.out('a.sh.exitcode') == '3'
 
 
 def test_a_folder_that_vanishes_is_made_again(queue):
