@@ -56,7 +56,8 @@ demo:
 	$(PYTHON) fastgpu.py --path "$$q" $$options || echo "(exit status $$?)"; \
 	for folder in to_run running complete fail; do echo "$$ ls $$q/$$folder"; ls "$$q/$$folder"; done; \
 	echo "$$ cat $$q/out/5-hello.sh.stdout"; cat "$$q/out/5-hello.sh.stdout"; \
-	echo "$$ cat $$q/out/4-broken.sh.stderr"; cat "$$q/out/4-broken.sh.stderr"
+	echo "$$ cat $$q/out/4-broken.sh.stderr"; cat "$$q/out/4-broken.sh.stderr"; \
+	echo "(the queue is left in $$q)"
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__

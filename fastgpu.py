@@ -613,7 +613,7 @@ class ResourcePoolBase:
                 if isinstance(error, OSError):  # nothing was started; of a KeyboardInterrupt that cannot be said
                     self._unclaim(run.name, run.record['script'])
             finally:
-                os.close(run.fd)  # what could not be undone is for `_settle_others`
+                os.close(run.fd)  # what could not be undone is for `_collect_other`
             raise
         finally:
             for fd in files:
@@ -668,7 +668,7 @@ class ResourcePoolBase:
                 safe_rename(self.running / name, self.complete)
                 self.completed.append(name)
                 log(f'{where}: complete {shown(name)} {how}')
-            elif not unknown and (code is None or record.get('stopped')):
+            elif record.get('stopped') or (code is None and not unknown):
                 path = safe_rename(self.running / name, self.to_run, script)
                 log(f'{where}: requeue {shown(name)}' + f' as {shown(path.name)}' * (path.name != name) + f' {how}')
             else:
@@ -710,13 +710,13 @@ class ResourcePoolBase:
                  if os.path.exists(self._out(name, kind))]
         return any(sizes) or os.path.lexists(self._out(name, 'exitcode'))
 
-    def _host(self, fd: int) -> str:
-        """Return the host of the run whose record is open in `fd`, or '' while that may still be on its way here.
+    def _host(self, fd: int, record: dict[str, Any]) -> str:
+        """Return the host of the run with that `record`, open in `fd`, or '' while that may still be on its way here.
 
         A record stays empty where its poller, or the power, died between two system calls. After a minute (file
         servers and caches take at most half of one) it is taken for such a one, and for ours.
         """
-        return str(read_record(fd).get('host') or (self.host if time.time() - os.fstat(fd).st_mtime > 60 else ''))
+        return str(record.get('host') or (self.host if time.time() - os.fstat(fd).st_mtime > 60 else ''))
 
     def _exit_code(self, name: str) -> tuple[int | None, float]:
         """Return the exit status of the run `name` and the time it ended, or None and now.
@@ -754,11 +754,15 @@ class ResourcePoolBase:
             if self._signals:
                 if self._stop():
                     break
-            elif not self._start() and not self._runs and exit_when_empty:
-                if look:
+            elif not self._start() and exit_when_empty:
+                if not self._runs and look:
                     break
-                self._look_at = 0.0  # leave only after a look around, which may requeue something
-                continue
+                if not self._runs:
+                    self._look_at = 0.0  # leave only after a look around, which may requeue something
+                    continue
+                if not any(run.process for run in self._runs.values()):
+                    for name in self._runs:
+                        self._say(name, f'waiting for {shown(name)}, which runs without this poller')
             self._poller.poll(poll_interval * 1000)
         return self._sum_up(time.monotonic() - began)
 
@@ -774,7 +778,8 @@ class ResourcePoolBase:
         """Start what can be started; return whether something is left that waits for a resource or for a moment."""
         waiting = False
         while time.monotonic() >= self._start_at:
-            ending = {name for run in self._runs.values() if run.kill_at for name in (run.name, run.record['script'])}
+            ending = {name for run in self._runs.values() if run.kill_at
+                      for name in (run.name, run.record.get('script'))}
             for name, reason in conditions(self.to_run):
                 reason = reason or self._unfit.get(name, '')
                 if not reason and name not in ending:
@@ -890,10 +895,12 @@ class ResourcePoolBase:
         try:
             run.fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
-            self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
+            if os.path.lexists(self.running / name):
+                self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
             return True
         try:
-            run.record, host = read_record(run.fd), self._host(run.fd)
+            run.record = read_record(run.fd)
+            host = self._host(run.fd, run.record)
             if host != self.host:
                 if host:
                     self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
@@ -904,7 +911,6 @@ class ResourcePoolBase:
             if overdue or (lock_fd(run.fd, path) and (code is not None or not self._shim(run))):
                 gone = not os.path.lexists(self.running / name) and not run.record.get('cancelled')
                 return gone or self._settle(run)
-            self._say(name, f'{shown(name)} still runs, under another poller or none')
             return False
         finally:
             os.close(run.fd)
@@ -959,7 +965,7 @@ class ResourcePoolBase:
             with contextlib.suppress(OSError):
                 record = read_record(fd)
                 ours = record or os.fstat(fd).st_size == 0  # others may keep their JSON files there
-                if (ours and not record.keys() & {'pid', 'finished'} and self._host(fd) == self.host
+                if (ours and not record.keys() & {'pid', 'finished'} and self._host(fd, record) == self.host
                         and lock_fd(fd, self.out / file)
                         and not self._was_started(name) and not os.path.lexists(self.running / name)):
                     os.unlink(self.out / file)
