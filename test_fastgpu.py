@@ -93,6 +93,12 @@ class Queue:
         for name in '!1', '!2':
             (self.path / 'to_run' / name).unlink()
 
+    def let_empty_records_age(self):
+        """Make what a crash left of a record as old as it is a minute later, when it is known for that."""
+        for record in (self.path / 'out').glob('*.json'):
+            if record.stat().st_size == 0:
+                os.utime(record, (1, 1))
+
     def names(self, folder):
         return sorted(os.listdir(self.path / folder))
 
@@ -895,20 +901,18 @@ sys.exit(fastgpu.main())
 """
 
 
-@pytest.mark.parametrize(('body', 'status', 'folder'), [('exit 3', 1, 'fail'), ('kill -9 0', 1, 'fail')])
-def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, status, folder):
-    for number in itertools.count(1):
+@pytest.mark.parametrize(('body', 'stride'), [('exit 3', 1), ('kill -9 0', 5)])
+def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, stride):
+    for number in itertools.count(1, stride):
         queue = Queue(tmp_path / str(number))
         queue.add('a.sh', f'echo run >> {queue.path}/ran; echo whole; {body}')
         crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
         code = crashing.wait(30)
-        for record in (queue.path / 'out').glob('*.json'):
-            if record.stat().st_size == 0:
-                os.utime(record, (1, 1))  # as a minute later
+        queue.let_empty_records_age()
         if code != -signal.SIGKILL:
             break
         queue.poll('--workers', '1')
-        runs = [name for name in queue.all() if queue.all()[name] == folder]
+        runs = [name for name in queue.all() if queue.all()[name] == 'fail']
         assert len(queue.all()) == len(runs) == 1, number
         ran = (queue.path / 'ran').read_text().count('run')
         assert ran == len([name for name in queue.names('out') if name.endswith('.stdout')]), number
@@ -918,7 +922,7 @@ def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, s
         assert queue.out(f'{runs[0]}.stdout') == 'whole\n'
         assert all('finished' in queue.record(name[:-5]) for name in queue.names('out') if name.endswith('.json'))
         assert FixedWorkerPool([0], queue.path).find_next() == 0
-    assert code == status
+    assert code == 1
     assert number > 20
 
 
@@ -2183,6 +2187,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
 
     def check(self):
         queue = self.queue
+        queue.let_empty_records_age()
         last = queue.start('--exit', '1')
         last.wait(60)
         for poller in queue.pollers:  # but for an INT while Python itself still starts
