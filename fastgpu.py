@@ -18,7 +18,7 @@ are such GPUs. A script that ended with status 0 lies in ./complete, any other i
 
 How it works, and why nothing is lost:
 
-- A script is in exactly one of to_run, running, complete and fail, and os.rename is all that ever moves it.
+- A script is in exactly one of to_run, running, complete and fail, and nothing but a rename ever moves it.
 - A run reserves its name by creating out/NAME.json with O_EXCL. So two pollers never take the same script, and a
   name in running, complete, fail and out means one run, for ever: the second run of train.sh is train-1.sh.
 - That record, and a lock file per GPU, are locked with flock(2). The script inherits both locks, so they last as

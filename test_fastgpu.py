@@ -24,8 +24,8 @@ import pytest
 import fastgpu
 from fastgpu import FastgpuError, FixedWorkerPool, ResourcePoolBase, ResourcePoolGPU, find_next_script, safe_rename
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a shell has put into the background
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for signum in signal.SIGINT, signal.SIGQUIT:  # ignored in what a shell has put into the background
+    signal.signal(signum, signal.default_int_handler)
 
 MODULE = Path(fastgpu.__file__)
 FOLDERS = 'to_run', 'running', 'complete', 'fail'
