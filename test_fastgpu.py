@@ -250,16 +250,17 @@ def test_a_deleted_lock_file_is_no_lock(tmp_path):
 
 
 def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
-    mine = tmp_path / 'mine'
-    mine.write_text('precious')
+    mine, other = tmp_path / 'mine', tmp_path / 'other'
+    for file in mine, other:
+        file.write_text('precious')
     (tmp_path / 'link').symlink_to(mine)
-    os.link(mine, tmp_path / 'hard')
+    os.link(other, tmp_path / 'hard')
     os.mkfifo(tmp_path / 'fifo')
     (tmp_path / 'folder').mkdir()
     for name in 'link', 'hard', 'fifo', 'folder':
         with pytest.raises(OSError, match=name):
             fastgpu.take_lock(tmp_path / name)
-    assert mine.read_text() == 'precious'
+    assert mine.read_text() == other.read_text() == 'precious'
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------------
@@ -577,8 +578,8 @@ def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
     second = queue.start('--workers', '3')
     until(lambda: queue.all() == {'ends-well.sh': 'complete', 'fails.sh': 'fail', 'runs-on.sh': 'running',
                                   'waits.sh': 'complete'})
+    until(lambda: 'waiting for runs-on.sh, which runs without this poller' in second.log())
     assert second.poll() is None
-    assert 'waiting for runs-on.sh, which runs without this poller' in second.log()
     queue.open_gate('two')
     assert second.wait(30) == 1
     assert queue.all()['runs-on.sh'] == 'fail'
