@@ -179,6 +179,15 @@ def conditions(folder: StrPath) -> Iterator[tuple[str, str]]:
         yield name, condition(os.path.join(folder, name))
 
 
+def file_mark(path: StrPath) -> tuple[int, ...]:
+    """Return what is another for another file, or for the same one after a change; () where there is none."""
+    try:
+        status = os.stat(path)
+        return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+    except OSError:
+        return ()
+
+
 def find_next_script(p: StrPath) -> Path | None:
     """Return the first script in the folder `p` that can run, in sorted order of the names, or None.
 
@@ -410,7 +419,8 @@ class ResourcePoolBase:
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
-        self._unfit: dict[str, str] = {}  # scripts in to_run that can never be claimed, and why
+        # Scripts in to_run that can never start, and why, as long as the file is the same.
+        self._unfit: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
@@ -457,10 +467,7 @@ class ResourcePoolBase:
 
     def unlock(self, ident: Any) -> None:
         """Give the lock of `ident` back, also if a daemon that the script left behind still holds a copy of it."""
-        for number, fd in enumerate(self._locks.pop(ident, [])):
-            if number == 0:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(fd, 0)  # what it says of us is no longer so
+        for fd in self._locks.pop(ident, []):
             fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
@@ -482,17 +489,26 @@ class ResourcePoolBase:
         """Lock that many resources, none that was found to be taken less than a second ago; all of them or none."""
         ids: list[Any] = []
         left = [ident for ident in self.all_ids() if ident not in self._locks
-                and time.monotonic() >= self._ask_at.get(ident, 0)]
-        for ident in left:
-            if len({self.distinct(other) for other in left}) < number:
-                break
-            if self.distinct(ident) not in map(self.distinct, ids) and self._try(ident, self.is_available, keep=True):
-                ids.append(ident)
-            if len(ids) == number:
-                return ids
-        for ident in ids:
-            self.unlock(ident)
-            self._ask_at[ident] = time.monotonic() + LOOK_AROUND
+                and time.monotonic() >= self._ask_at.get(self.distinct(ident), 0)]
+        try:
+            for ident in list(left):
+                # Stop as soon as it cannot be done: two pollers that each hold a part would wait for each other.
+                if len(set(map(self.distinct, left))) < number:
+                    break
+                if self.distinct(ident) in map(self.distinct, ids):
+                    continue
+                if self._try(ident, self.is_available, keep=True):
+                    ids.append(ident)
+                else:
+                    left.remove(ident)
+                if len(ids) == number:
+                    return ids
+        except BaseException:
+            self._drop(ids)
+            raise
+        self._drop(ids)
+        for ident in ids:  # for a time of our own, so that those who met do not meet again
+            self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
         return []
 
     def _take(self, ident: Any) -> list[int] | None:
@@ -501,6 +517,8 @@ class ResourcePoolBase:
         if fd is None:
             self._blame(ident, self.lock_path(ident))
             return None
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, 0)  # what it says of whoever had it before is no longer so
         return [fd]
 
     def _blame(self, ident: Any, path: Path) -> None:
@@ -529,7 +547,7 @@ class ResourcePoolBase:
                 for fd in fds:
                     os.close(fd)
         if not good:
-            self._ask_at[ident] = time.monotonic() + LOOK_AROUND
+            self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND
         return good
 
     # The life of a script, in order: claim, launch, settle.
@@ -541,6 +559,9 @@ class ResourcePoolBase:
         Raises FastgpuError where the script can never run, OSError where the machine cannot start it now; it is in
         to_run then.
         """
+        taken = [ident for ident in ids for run in self._runs.values() if ident in run.ids]
+        if taken:
+            raise FastgpuError(f'{self._where(taken)} is in use')
         run = None
         try:
             for ident in ids:
@@ -634,8 +655,10 @@ class ResourcePoolBase:
         for kind in ('stdout', 'stderr'):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._out(name, kind))
-        safe_rename(self.running / name, self.to_run, script)
-        os.unlink(self._out(name, 'json'))
+        for step in (lambda: safe_rename(self.running / name, self.to_run, script),
+                     lambda: os.unlink(self._out(name, 'json'))):
+            with contextlib.suppress(FileNotFoundError):
+                step()
 
     def _settle(self, run: Run) -> bool:
         """File a run that has ended, and whose record we hold, by what it left in out/.
@@ -777,11 +800,11 @@ class ResourcePoolBase:
     def _start(self) -> bool:
         """Start what can be started; return whether something is left that waits for a resource or for a moment."""
         waiting = False
-        while time.monotonic() >= self._start_at:
+        while self._start_at <= time.monotonic() < self._look_at and not self._signals:
             ending = {name for run in self._runs.values() if run.kill_at
                       for name in (run.name, run.record.get('script'))}
             for name, reason in conditions(self.to_run):
-                reason = reason or self._unfit.get(name, '')
+                reason = reason or self._why_unfit(name)
                 if not reason and name not in ending:
                     break
                 if not reason or reason == 'just written':
@@ -796,7 +819,7 @@ class ResourcePoolBase:
                 if not self._start_one(name):
                     return True
             except FastgpuError as error:
-                self._unfit[name] = str(error)
+                self._unfit[name] = str(error), file_mark(self.to_run / name)
             except OSError as error:
                 self._say('start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
                 self._start_at = time.monotonic() + LOOK_AROUND
@@ -814,17 +837,25 @@ class ResourcePoolBase:
                 self._launch(run, ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', reason])
             return True
         ids = self._lock_some(number)
+        if self._signals:  # a driver can take seconds for its answers
+            self._drop(ids)
+            return False
         for ident in self.all_ids():
             reason = '' if ident in self._locks else self._reasons.get(ident, '')
-            if ids or not reason:
+            if not reason:
                 self._said.pop((self.kind, ident), None)
-            else:
+            elif not ids:
                 self._say((self.kind, ident), f'{self._where([ident])} {reason}')
         if ids:
             self.run(name, *ids)
         elif number > 1:
             self._say(name, f'{shown(name)} waits for {number} {self.kind}s at once, and all behind it wait too')
         return bool(ids)
+
+    def _why_unfit(self, name: str) -> str:
+        """Return why the script `name` of to_run can never start, '' where nothing is known or the file is another."""
+        reason, mark = self._unfit.get(name, ('', ()))
+        return reason if reason and mark == file_mark(self.to_run / name) else ''
 
     def _find_others(self) -> None:
         """Take up the runs in running/ that are not ours; `_collect` files them when they have ended."""
@@ -846,10 +877,20 @@ class ResourcePoolBase:
                 done = not run.process
             if done:
                 del self._runs[run.name]
-            elif (run.kill_at is None and not os.path.lexists(self.running / run.name) and self._shim(run)
+            elif (run.kill_at is None and self._taken_out(run) and self._shim(run)
                     and self._exit_code(run.name)[0] is None):
                 log(f'{self._where(run.record.get("ids", "?"))}: cancel {shown(run.name)}, taken out of running')
                 self._terminate(run, 'cancelled')
+
+    def _taken_out(self, run: Run) -> bool:
+        """Return whether a run is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
+        try:
+            os.lstat(self.running / run.name)
+        except FileNotFoundError:
+            return os.path.isdir(self.running)
+        except OSError:
+            pass
+        return False
 
     def _collect_ours(self, run: Run, process: subprocess.Popen[bytes]) -> bool:
         """Settle a run that we started, if its shim has ended; return whether it is filed."""
@@ -872,7 +913,8 @@ class ResourcePoolBase:
             run.process, run.ids, run.fd = None, (), -1
             self._look_at = 0.0
             return False
-        if code == NOT_STARTED and self._exit_code(run.name)[0] is None:
+        if code == NOT_STARTED and not os.path.lexists(self._out(run.name, 'exitcode')) \
+                and os.stat(self._out(run.name, 'stdout')).st_size == 0:
             self._say('start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
             self._start_at = time.monotonic() + LOOK_AROUND
             self._unclaim(run.name, run.record['script'])
@@ -880,10 +922,11 @@ class ResourcePoolBase:
         else:
             run.status = code
             filed = self._settle(run)
+        if run.ids:
+            self._ask_at.clear()  # they are free again, and with them perhaps all that the next script needs
         for ident in run.ids:
             self.unlock(ident)
         run.ids = ()  # from here on they may be another run's
-        self._ask_at.clear()  # they are free again, and with them perhaps all that the next script needs
         if filed:
             os.close(run.fd)
         return filed
@@ -1003,7 +1046,7 @@ class ResourcePoolBase:
         left = {name: reason for name, reason in conditions(self.to_run) if reason != 'ignored'}
         if not self._signals:
             for name, reason in left.items():
-                log(f'left in to_run: {shown(name)} ({reason or self._unfit.get(name, "new")})')
+                log(f'left in to_run: {shown(name)} ({reason or self._why_unfit(name) or "new"})')
         done = len(self.completed) + len(self.failed)
         if done or left:
             log(f'{count(done, "script")} in {duration(seconds)}: {len(self.completed)} complete, '
@@ -1169,7 +1212,10 @@ class NvidiaSmi:
         except DriverError:
             rows = [[*row, ''] for row in self._csv('--query-gpu=index,uuid')]  # drivers before 450 know no MIG
         found = []
-        for index, uuid, mig in rows:
+        for row in rows:
+            if len(row) != 3 or not re.fullmatch('[0-9]{1,9}', row[0]):
+                raise DriverError('nvidia-smi says: ' + ', '.join(row))
+            index, uuid, mig = row
             error = '' if uuid.startswith('GPU-') else uuid
             if mig == 'Enabled':
                 error = 'is in MIG mode, for which this needs nvidia-ml-py (pip install nvidia-ml-py)'
@@ -1192,22 +1238,29 @@ class NvidiaSmi:
         try:
             return [int(pid) for _, pid in rows]
         except ValueError:
-            raise GpuError(f'nvidia-smi tells its processes as {rows[0]}') from None
+            raise GpuError(f'nvidia-smi tells its processes as: {", ".join(rows[0])}') from None
 
     def _csv(self, query: str, *args: str) -> list[list[str]]:
-        """Return the rows that nvidia-smi answers to a query. Raises DriverError with what it says instead."""
+        """Return the rows that nvidia-smi answers to a query. Raises DriverError with what it says instead.
+
+        With `args`, which ask for one GPU, GpuError where it says that of this GPU only.
+        """
         command = ['nvidia-smi', query, '--format=csv,noheader,nounits', *args]
         try:
             # In a session of its own, so that Ctrl-C in our terminal is not for it.
-            run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 text=True, errors='replace', timeout=30, start_new_session=True)
+            run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace',
+                                 timeout=30, start_new_session=True)
         except OSError as error:
             raise DriverError(f'nvidia-smi: {error.strerror}') from None
         except subprocess.TimeoutExpired:
             raise DriverError('nvidia-smi does not answer') from None
-        lines = [line for line in run.stdout.splitlines() if line.strip()]
-        if run.returncode:
-            raise DriverError(lines[0].strip() if lines else f'nvidia-smi: status {run.returncode}')
+        lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
+        if run.returncode not in (0, 14):  # 14 is a warning about the infoROM, nvidia-smi(1)
+            reason = ' '.join((run.stderr.strip() or run.stdout.strip()).split('\n')[:1]) or f'status {run.returncode}'
+            if args:
+                self._csv('--query-gpu=index')  # if that works, it is this GPU alone
+                raise GpuError(reason)
+            raise DriverError(reason)
         return [[field.strip() for field in line.split(',')] for line in lines]
 
 
@@ -1243,7 +1296,7 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
     entries = [] if listed is None else [entry.strip() for entry in listed.split(',')]
     what = f'CUDA_VISIBLE_DEVICES={shown(listed)}'
     for number, entry in enumerate(entries):
-        if re.fullmatch('[0-9]+', entry):
+        if re.fullmatch('[0-9]{1,9}', entry):
             matches = [gpu for gpu in gpus if gpu.index == int(entry)]
         elif entry.startswith(('GPU-', 'MIG-')):
             matches = [gpu for gpu in gpus if gpu.uuid.startswith(entry) or gpu.parent.startswith(entry)]
@@ -1297,7 +1350,7 @@ def gpus_wanted(script: StrPath) -> int:
                     numbers.append(number)
                 elif re.match('gpu(:|$)', part):
                     numbers.append(number if number.isdecimal() else '1')
-            if not all(map(str.isdecimal, numbers)):
+            if not all(re.fullmatch('[0-9]{1,6}', number) for number in numbers):
                 raise FastgpuError(f'its line "{shown(line.strip())}" does not say how many GPUs')
             wanted[option] = sum(map(int, numbers))
     return max([1, *wanted.values()])
@@ -1391,9 +1444,30 @@ class ResourcePoolGPU(ResourcePoolBase):
             self._reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
         return not busy
 
-    # Several scripts per GPU. The lock of the GPU is then shared by those that have a place on it, and each place has
-    # a lock of its own. Who gets the GPU's lock exclusively knows that nobody has a place on it, asks whether the GPU
-    # is free, and shares the lock only then: so a shared one says that the GPU is used by none but us.
+    # Several scripts per GPU. Each place has a lock of its own, and the lock of the GPU is shared by the scripts that
+    # have one. Who gets the GPU's lock exclusively knows that no script has a place on it, asks whether the GPU is
+    # free, and only then shares the lock. All that is done under one more lock, which is held by no script: so a lock
+    # that cannot be had exclusively is held by one, not by somebody who only asks.
+
+    def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
+        """Lock and test as ever, but one poller at a time for each GPU."""
+        try:
+            asking = take_lock(self._lock_file(f'{self._places[ident][0].uuid}.ask'))
+        except OSError as error:
+            self._reasons[ident] = f'unusable: {explain(error)}'
+            return False
+        if asking is None:
+            return False
+        try:
+            good = super()._try(ident, test, keep)
+            if good and keep and self.per_gpu > 1 and ident not in self._shared:
+                fd = self._locks[ident][1]
+                with contextlib.suppress(OSError):
+                    write_all(fd, shown(f'shared by scripts of user {os.getuid()} ({self.path})'))
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return good
+        finally:
+            os.close(asking)
 
     def _take(self, ident: Any) -> list[int] | None:
         """Lock a place, and with several per GPU the GPU too: exclusively if it can be, else shared."""
@@ -1415,22 +1489,6 @@ class ResourcePoolGPU(ResourcePoolBase):
             os.close(fds[0])
             return None
         return [*fds, fd]
-
-    def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
-        """Lock and test as ever, then share the lock of the GPU with those who want another place on it."""
-        if not super()._try(ident, test, keep):
-            return False
-        if keep and self.per_gpu > 1 and ident not in self._shared:
-            fd = self._locks[ident][1]
-            try:
-                # flock(2): not one step. In between somebody else may get it, and then we have not.
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.unlock(ident)
-                return False
-            with contextlib.suppress(OSError):
-                write_all(fd, shown(f'shared by scripts of user {os.getuid()} ({self.path})'))
-        return True
 
 
 # --- Command --------------------------------------------------------------------------------------------------------
