@@ -921,6 +921,7 @@ class ResourcePoolBase:
             filed = True
         else:
             run.status = code
+            self._cuts.pop(run.record['script'], None)
             filed = self._settle(run)
         if run.ids:
             self._ask_at.clear()  # they are free again, and with them perhaps all that the next script needs
