@@ -92,14 +92,14 @@ def explain(error: Exception) -> str:
     return shown(error)
 
 
-def near(path: Path) -> str:
+def near(path: StrPath) -> str:
     """Return `path` as seen from the current folder, if it lies below that."""
     with contextlib.suppress(OSError, ValueError):
-        return str(path.relative_to(os.getcwd()))
+        return str(Path(path).relative_to(os.getcwd()))
     return str(path)
 
 
-def mv_command(source: Path, dest: Path) -> str:
+def mv_command(source: StrPath, dest: StrPath) -> str:
     """Return the shell command that moves `source` into the folder `dest`."""
     return shown(f'mv {shlex.quote(str(source))} {shlex.quote(str(dest))}/')
 
@@ -203,7 +203,7 @@ def numbered(name: str, n: int) -> str:
     return f'{stem}-{n}{suffix}' if n else name
 
 
-def rename_new(source: Path, target: Path) -> None:
+def rename_new(source: StrPath, target: StrPath) -> None:
     """Rename like os.rename, but raise FileExistsError where that would overwrite `target`.
 
     One step with renameat2(2) and RENAME_NOREPLACE; where the C library, the kernel or the file system (NFS) has
@@ -231,12 +231,11 @@ def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
 
     Returns the new path. Nothing is ever overwritten. Raises OSError, FileNotFoundError if `file` is gone.
     """
-    file, dest = Path(file), Path(dest)
     for n in itertools.count():
-        target = dest / numbered(name or file.name, n)
+        target = os.path.join(dest, numbered(name or os.path.basename(file), n))
         try:
             rename_new(file, target)
-            return target
+            return Path(target)
         except FileExistsError:
             continue
     raise AssertionError('unreachable')
@@ -301,6 +300,13 @@ def take_lock(path: StrPath, how: int = fcntl.LOCK_EX) -> int | None:
             return None
 
 
+def give_back(fds: Iterable[int]) -> None:
+    """Release the locks of these descriptors, which we hold, whoever else inherited them."""
+    for fd in fds:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
 def read_note(path: StrPath) -> str:
     """Return what the holder of the lock file `path` wrote there, for people only: anybody can write to it."""
     try:
@@ -328,7 +334,8 @@ def write_all(fd: int, text: str) -> None:
     data = text.encode('utf-8', 'replace')
     if os.pwrite(fd, data, 0) < len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.ftruncate(fd, len(data))
+    if os.fstat(fd).st_size > len(data):  # to cut off nothing costs as much as all the rest
+        os.ftruncate(fd, len(data))
 
 
 def read_record(fd: int) -> dict[str, Any]:
@@ -345,7 +352,7 @@ def read_record(fd: int) -> dict[str, Any]:
     return {}
 
 
-def runs_shim(pid: object, exitcode: Path) -> bool:
+def runs_shim(pid: object, exitcode: StrPath) -> bool:
     """Return whether the process `pid` is the shim that will write `exitcode` (proc(5), cmdline)."""
     try:
         with open(f'/proc/{pid}/cmdline', 'rb') as file:
@@ -416,15 +423,20 @@ class ResourcePoolBase:
         self.failed: list[str] = []
         self._name_max = os.pathconf(self.out, 'PC_NAME_MAX')
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
+        self._spare: dict[Hashable, list[int]] = {}  # the same of scripts that have just ended, for the next ones
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
+        self._started: list[Run] = []  # those of them that the log does not know yet
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         # Scripts in to_run that can never start, and why, as long as the file is the same.
         self._unfit: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
-        self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
+        self._look_at = self._start_at = self._scan_at = 0.0  # when to look around, start scripts, list to_run again
+        self._names: list[str] = []  # what is left of that list, backwards
+        self._waiting = False  # whether something in it waits for a moment
+        self._collected_at = 0.0
         self._signals: list[int] = []
         self._stop_at: float | None = None
 
@@ -467,9 +479,7 @@ class ResourcePoolBase:
 
     def unlock(self, ident: Any) -> None:
         """Give the lock of `ident` back, also if a daemon that the script left behind still holds a copy of it."""
-        for fd in self._locks.pop(ident, []):
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
+        give_back(self._locks.pop(ident, []))
 
     def _drop(self, ids: Iterable[Any]) -> None:
         """Close our descriptors of these locks: whoever inherited them, if anybody did, still holds them."""
@@ -486,10 +496,9 @@ class ResourcePoolBase:
         return next(iter(self._lock_some(1)), None)
 
     def _lock_some(self, number: int) -> list[Any]:
-        """Lock that many resources, none that was found to be taken less than a second ago; all of them or none."""
+        """Lock that many of the resources that are worth asking for; all of them or none."""
         ids: list[Any] = []
-        left = [ident for ident in self.all_ids() if ident not in self._locks
-                and time.monotonic() >= self._ask_at.get(self.distinct(ident), 0)]
+        left = self._worth_asking()
         try:
             for ident in list(left):
                 # Stop as soon as it cannot be done: two pollers that each hold a part would wait for each other.
@@ -511,6 +520,12 @@ class ResourcePoolBase:
             self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
         return []
 
+    def _worth_asking(self) -> list[Any]:
+        """Return the resources that are not ours, and were not found to be taken less than a second ago."""
+        now = time.monotonic()
+        return [ident for ident in self.all_ids() if ident not in self._locks
+                and now >= self._ask_at.get(self.distinct(ident), 0)]
+
     def _take(self, ident: Any) -> list[int] | None:
         """Return descriptors that hold `ident`, or None where somebody else does. Raises OSError."""
         fd = take_lock(self.lock_path(ident))
@@ -518,7 +533,7 @@ class ResourcePoolBase:
             self._blame(ident, self.lock_path(ident))
             return None
         with contextlib.suppress(OSError):
-            os.ftruncate(fd, 0)  # what it says of whoever had it before is no longer so
+            write_all(fd, '')  # what it says of whoever had it before is no longer so
         return [fd]
 
     def _blame(self, ident: Any, path: Path) -> None:
@@ -530,7 +545,7 @@ class ResourcePoolBase:
     def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
         """Return whether `ident` could be locked and then passed `test`; `keep` the lock if so."""
         try:
-            fds = self._take(ident)
+            fds = self._spare.pop(ident, None) or self._take(ident)
         except OSError as error:
             self._reasons[ident] = f'unusable: {explain(error)}'
             return False
@@ -559,6 +574,17 @@ class ResourcePoolBase:
         Raises FastgpuError where the script can never run, OSError where the machine cannot start it now; it is in
         to_run then.
         """
+        run = self._run(script, ids)
+        if run:
+            self._log_start(run)
+        return run is not None
+
+    def _log_start(self, run: Run) -> None:
+        """Log that a run has started."""
+        log(f'{self._where(run.record["ids"])}: start {shown(run.name)}')
+
+    def _run(self, script: StrPath, ids: Sequence[Any]) -> Run | None:
+        """Start `script` on `ids`; return its run. The same as `run`, but the log says nothing."""
         taken = [ident for ident in ids for run in self._runs.values() if ident in run.ids]
         if taken:
             raise FastgpuError(f'{self._where(taken)} is in use')
@@ -570,11 +596,10 @@ class ResourcePoolBase:
             run = self._claim(os.path.basename(script), ids)
             if run:
                 self._launch(run)
-                log(f'{self._where(ids)}: start {shown(run.name)}')
         finally:
             if not (run and run.process):
                 self._drop(ids)
-        return run is not None
+        return run
 
     def _claim(self, script: str, ids: Sequence[Any]) -> Run | None:
         """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone."""
@@ -582,7 +607,7 @@ class ResourcePoolBase:
             name = numbered(script, n)
             if len(os.fsencode(name + '.exitcode')) > self._name_max:
                 raise FastgpuError(f'its name is too long, by {len(os.fsencode(name)) + 9 - self._name_max} bytes')
-            if any(map(os.path.lexists, [self.running / name, self.complete / name, self.fail / name,
+            if any(map(os.path.lexists, [*(f'{folder}/{name}' for folder in (self.running, self.complete, self.fail)),
                                          *(self._out(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))])):
                 continue
             path = self._out(name, 'json')
@@ -597,9 +622,9 @@ class ResourcePoolBase:
                     os.close(fd)  # another poller just took it for the record of a crashed one
                     continue
                 write_all(fd, json.dumps(record, default=str))
-                os.rename(self.to_run / script, self.running / name)
+                os.rename(f'{self.to_run}/{script}', f'{self.running}/{name}')
             except BaseException as error:
-                claimed = os.path.lexists(self.running / name)
+                claimed = os.path.lexists(f'{self.running}/{name}')
                 # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
                 if not (claimed and isinstance(error, FileNotFoundError)):
                     if not claimed:
@@ -624,8 +649,8 @@ class ResourcePoolBase:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
                 files.append(os.open(self._out(run.name, kind), flags, 0o666))
             run.process = subprocess.Popen(
-                ['/bin/sh', '-c', SHIM, 'fastgpu', str(self._out(run.name, 'exitcode')),
-                 *(command or [str(self.running / run.name)])],
+                ['/bin/sh', '-c', SHIM, 'fastgpu', self._out(run.name, 'exitcode'),
+                 *(command or [f'{self.running}/{run.name}'])],
                 stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
                 pass_fds=(run.fd, *(fd for ident in run.ids for fd in self._locks[ident])),
                 env={**os.environ, **self.environment(*run.ids)})
@@ -676,7 +701,7 @@ class ResourcePoolBase:
                 return True
             code, finished = self._exit_code(name)
             if code is None and run.status is not None:
-                self._out(name, 'exitcode').write_text(str(run.status))
+                Path(self._out(name, 'exitcode')).write_text(str(run.status))
                 code = run.status
             if 'finished' not in record:
                 record.update(finished=round(finished, 3), exitcode=code)
@@ -685,17 +710,18 @@ class ResourcePoolBase:
             unknown = code is None and os.path.lexists(self._out(name, 'exitcode'))
             how = f'({"status unknown, the disk was full" if unknown else describe(code)}, ' \
                   f'{duration(finished - record.get("started", finished))})'
-            if not os.path.lexists(self.running / name):
+            script_path = f'{self.running}/{name}'
+            if not os.path.lexists(script_path):
                 self._note_elsewhere(name, record, f'{where}: %s {shown(name)} {how}')
             elif code == 0:
-                safe_rename(self.running / name, self.complete)
+                safe_rename(script_path, self.complete)
                 self.completed.append(name)
                 log(f'{where}: complete {shown(name)} {how}')
             elif record.get('stopped') or (code is None and not unknown):
-                path = safe_rename(self.running / name, self.to_run, script)
+                path = safe_rename(script_path, self.to_run, script)
                 log(f'{where}: requeue {shown(name)}' + f' as {shown(path.name)}' * (path.name != name) + f' {how}')
             else:
-                path = safe_rename(self.running / name, self.fail)
+                path = safe_rename(script_path, self.fail)
                 self.failed.append(name)
                 reason = missing_interpreter(path) if code == 127 else ''
                 log(f'{where}: fail {shown(name)} {how}: {shown(reason or near(self._out(name, "stderr")))}')
@@ -723,9 +749,9 @@ class ResourcePoolBase:
         """Return where a run runs, for the log: `gpu 0`."""
         return shown(f'{self.kind} {",".join(map(str, ids)) or "-"}')
 
-    def _out(self, name: str, kind: str) -> Path:
+    def _out(self, name: str, kind: str) -> str:
         """Return the file of that `kind` in out/ of the run `name`."""
-        return self.out / f'{name}.{kind}'
+        return f'{self.out}/{name}.{kind}'
 
     def _was_started(self, name: str) -> bool:
         """Return whether the run `name` wrote anything, by which it is known even without a pid in its record."""
@@ -773,12 +799,24 @@ class ResourcePoolBase:
             if look:
                 self._look_at = time.monotonic() + LOOK_AROUND
                 self._find_others()
-            self._collect(look)
+                self._release()
+                self._collect(others=True)
+            idle = look and not self._runs
+            if idle:
+                self._scan_at = 0.0
+            # No resource waits for us: the next scripts start, under the same locks, before those that ended are filed.
+            self._release()
+            left = not self._signals and self._start()
+            for ident in list(self._spare):
+                give_back(self._spare.pop(ident))
+            self._collect()
+            while self._started:
+                self._log_start(self._started.pop(0))
             if self._signals:
                 if self._stop():
                     break
-            elif not self._start() and exit_when_empty:
-                if not self._runs and look:
+            elif not left and exit_when_empty:
+                if idle and not self._runs:
                     break
                 if not self._runs:
                     self._look_at = 0.0  # leave only after a look around, which may requeue something
@@ -799,22 +837,10 @@ class ResourcePoolBase:
 
     def _start(self) -> bool:
         """Start what can be started; return whether something is left that waits for a resource or for a moment."""
-        waiting = False
         while self._start_at <= time.monotonic() < self._look_at and not self._signals:
-            ending = {name for run in self._runs.values() if run.kill_at
-                      for name in (run.name, run.record.get('script'))}
-            for name, reason in conditions(self.to_run):
-                reason = reason or self._why_unfit(name)
-                if not reason and name not in ending:
-                    break
-                if not reason or reason == 'just written':
-                    waiting = True
-                elif reason != 'ignored':
-                    path = shown(near(self.to_run / name))
-                    self._say(name, f'{path} waits for its chmod +x' if reason == 'not executable' else
-                              f'{path} cannot run: {reason}')
-            else:
-                return waiting
+            name = self._next_script()
+            if name is None:
+                return self._waiting
             try:
                 if not self._start_one(name):
                     return True
@@ -825,8 +851,37 @@ class ResourcePoolBase:
                 self._start_at = time.monotonic() + LOOK_AROUND
         return True
 
+    def _next_script(self) -> str | None:
+        """Return the name of the first script in to_run that can start, None where there is none.
+
+        To list a long queue takes longer than to start a script of it. So a list serves for ten times as long as it
+        took to make, and while a resource waits; what was no script, or not yet one, is looked at again in the next.
+        """
+        now = time.monotonic()
+        if now >= self._scan_at and not (self._names and self._spare):
+            self._names, self._waiting = sorted(os.listdir(self.to_run), reverse=True), False
+            self._scan_at = time.monotonic() + 10 * (time.monotonic() - now)
+        while self._names:
+            name = self._names[-1]
+            reason = condition(f'{self.to_run}/{name}') or self._why_unfit(name)
+            # A person who moves a running script back to to_run ends that run, and it starts anew when that has ended.
+            ending = any(name in (run.name, run.record.get('script')) and (run.kill_at or self._taken_out(run))
+                         for run in self._runs.values())
+            if not reason and not ending:
+                return name
+            self._names.pop()
+            if not reason or reason == 'just written':
+                self._waiting = True
+            elif reason != 'ignored':
+                path = shown(near(self.to_run / name))
+                self._say(name, f'{path} waits for its chmod +x' if reason == 'not executable' else
+                          f'{path} cannot run: {reason}')
+        return None
+
     def _start_one(self, name: str) -> bool:
         """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
+        if not self._worth_asking():
+            return False
         number = self.demand(self.to_run / name)
         most = len(set(map(self.distinct, self.all_ids())))
         if number > most:
@@ -847,7 +902,8 @@ class ResourcePoolBase:
             elif not ids:
                 self._say((self.kind, ident), f'{self._where([ident])} {reason}')
         if ids:
-            self.run(name, *ids)
+            run = self._run(name, ids)
+            self._started += [run] if run else []
         elif number > 1:
             self._say(name, f'{shown(name)} waits for {number} {self.kind}s at once, and all behind it wait too')
         return bool(ids)
@@ -863,12 +919,35 @@ class ResourcePoolBase:
             if name not in self._runs and name[0] != '.':
                 self._runs[name] = Run(name)
 
+    def _release(self) -> None:
+        """Take what those scripts of ours held that have ended."""
+        for run in self._runs.values():
+            if not run.process or run.process.returncode is not None:
+                continue
+            if run.kill_at is not None:
+                self._kill(run)
+            code = run.process.poll()
+            if code is None:
+                continue
+            if run.pidfd is not None:
+                self._poller.unregister(run.pidfd)
+                os.close(run.pidfd)
+            if code < 0:
+                self._drop(run.ids)  # its script may have survived its shim: when the lock ends is for the kernel
+            for ident in run.ids:
+                if len(self._locks.get(ident, [])) == 1:
+                    self._spare[ident] = self._locks.pop(ident)
+                self.unlock(ident)  # one of several scripts on a GPU: whether it is shared is to be found out anew
+            run.ids = ()  # from here on they may be another run's
+            self._ask_at.clear()  # perhaps that is all that the next script needs
+
     def _collect(self, others: bool = False) -> None:
         """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
+        self._collected_at = time.monotonic()
         for run in list(self._runs.values()):
             if not run.process and not others:
                 continue
-            if run.kill_at is not None:
+            if run.kill_at is not None and not run.process:
                 self._kill(run)
             try:
                 done = self._collect_ours(run, run.process) if run.process else self._collect_other(run)
@@ -882,6 +961,12 @@ class ResourcePoolBase:
                 log(f'{self._where(run.record.get("ids", "?"))}: cancel {shown(run.name)}, taken out of running')
                 self._terminate(run, 'cancelled')
 
+    def _keep_up(self) -> None:
+        """File the runs that have ended, if it took long since we looked: a driver can take seconds for an answer."""
+        if time.monotonic() > self._collected_at + 0.1:
+            self._release()
+            self._collect()
+
     def _taken_out(self, run: Run) -> bool:
         """Return whether a run is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
         try:
@@ -894,23 +979,17 @@ class ResourcePoolBase:
 
     def _collect_ours(self, run: Run, process: subprocess.Popen[bytes]) -> bool:
         """Settle a run that we started, if its shim has ended; return whether it is filed."""
-        code = process.poll()
+        code = process.returncode
         if code is None:
             return False
-        if run.pidfd is not None:
-            self._poller.unregister(run.pidfd)
-            os.close(run.pidfd)
-            run.pidfd = None
         if code < 0:
-            # Killed before it could write. The script may have survived that, and then holds its locks on: leave them
-            # to the kernel, and go on as with a run that we found. A script that kills its own group each time would
-            # go round for ever: the second time counts as its end.
-            self._drop(run.ids)
+            # Killed before it could write: go on as with a run that we found. A script that kills its own group each
+            # time would go round for ever: the second time counts as its end.
             os.close(run.fd)
             script = run.record['script']
             self._cuts[script] = self._cuts.get(script, 0) + (run.kill_at is None)
             run.status = 128 - code if self._cuts[script] > 1 else None
-            run.process, run.ids, run.fd = None, (), -1
+            run.process, run.fd = None, -1
             self._look_at = 0.0
             return False
         if code == NOT_STARTED and not os.path.lexists(self._out(run.name, 'exitcode')) \
@@ -923,11 +1002,6 @@ class ResourcePoolBase:
             run.status = code
             self._cuts.pop(run.record['script'], None)
             filed = self._settle(run)
-        if run.ids:
-            self._ask_at.clear()  # they are free again, and with them perhaps all that the next script needs
-        for ident in run.ids:
-            self.unlock(ident)
-        run.ids = ()  # from here on they may be another run's
         if filed:
             os.close(run.fd)
         return filed
@@ -1422,9 +1496,9 @@ class ResourcePoolGPU(ResourcePoolBase):
         gpu = self._places[ident][0]
         try:
             used, total = self._driver.memory(gpu)
-            self._collect()  # a driver can take seconds for an answer, and a script may have ended meanwhile
+            self._keep_up()
             pids = self._driver.pids(gpu)
-            self._collect()
+            self._keep_up()
         except DriverError as error:
             self._reasons[ident] = ''
             self._say('driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
@@ -1452,6 +1526,8 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
         """Lock and test as ever, but one poller at a time for each GPU."""
+        if ident in self._spare:
+            return super()._try(ident, test, keep)
         try:
             asking = take_lock(self._lock_file(f'{self._places[ident][0].uuid}.ask'))
         except OSError as error:

@@ -944,29 +944,31 @@ sys.exit(fastgpu.main())
 """
 
 
-@pytest.mark.parametrize(('body', 'stride'), [('exit 3', 1), ('kill -9 0', 5)])
+@pytest.mark.parametrize(('body', 'stride'), [('exit 3', 1), ('kill -9 0', 7)])
 def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, stride):
     for number in itertools.count(1, stride):
         queue = Queue(tmp_path / str(number))
-        queue.add('a.sh', f'echo run >> {queue.path}/ran; echo whole; {body}')
+        for name in 'a', 'b':  # the second starts before the first is filed
+            queue.add(f'{name}.sh', f'echo run >> {queue.path}/{name}; echo whole; {body}')
         crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
         code = crashing.wait(30)
         queue.let_empty_records_age()
         if code != -signal.SIGKILL:
             break
         queue.poll('--workers', '1')
-        runs = [name for name in queue.all() if queue.all()[name] == 'fail']
-        assert len(queue.all()) == len(runs) == 1, number
-        ran = (queue.path / 'ran').read_text().count('run')
-        assert ran == len([name for name in queue.names('out') if name.endswith('.stdout')]), number
-        if body == 'exit 3':
-            assert ran == 1, number
-            assert queue.out(f'{runs[0]}.exitcode') == '3'
-        assert queue.out(f'{runs[0]}.stdout') == 'whole\n'
+        assert set(queue.all().values()) == {'fail'}, number
+        assert len(queue.all()) == 2, number
+        for name in 'a', 'b':
+            ran = (queue.path / name).read_text().count('run')
+            assert ran == len([out for out in queue.names('out') if re.match(f'{name}.*stdout', out)]), number
+            assert ran == 1 or body != 'exit 3', number
+        for name in queue.all():
+            assert queue.out(f'{name}.exitcode') == ('3' if body == 'exit 3' else '137')
+            assert queue.out(f'{name}.stdout') == 'whole\n'
         assert all('finished' in queue.record(name[:-5]) for name in queue.names('out') if name.endswith('.json'))
         assert FixedWorkerPool([0], queue.path).find_next() == 0
     assert code == 1
-    assert number > 20
+    assert number > 24
 
 
 def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue):
@@ -1003,17 +1005,18 @@ def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
 
 
 def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queue):
-    queue.add('cut.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
-    queue.add('ended.sh', 'exit 4')
-    first = queue.start('--workers', '2', command=(sys.executable, '-c', (
-        'import fastgpu, sys; fastgpu.ResourcePoolBase._collect = lambda *_: None; sys.exit(fastgpu.main())')),
-        cwd=MODULE.parent)
-    until(lambda: queue.has_out('ended.sh.exitcode') and (queue.path / 'ran').exists())
+    queue.add('cut.sh', f'echo run >> {queue.path}/ran; ' + queue.gate('never'))
+    queue.add('ended.sh', queue.gate() + 'exit 4')
+    first = queue.start('--workers', '2')
+    until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
+    first.send_signal(signal.SIGSTOP)
+    queue.open_gate()
+    until(lambda: queue.has_out('ended.sh.exitcode'))
     first.kill()
     first.wait()
     os.killpg(queue.record('cut.sh')['pid'], signal.SIGKILL)
     assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
-    queue.open_gate()
+    queue.open_gate('never')
     assert queue.poll()[0] == 1
     assert queue.all() == {'cut-1.sh': 'complete', 'ended.sh': 'fail'}
     assert (queue.path / 'ran').read_text() == 'run\nrun\n'
@@ -1408,6 +1411,8 @@ open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
 FAKE_DRIVER = '''
 import ctypes, json, os, time, pynvml
 
+seen = {}
+
 class Driver:
     "What libnvidia-ml.so.1 would export, with the state of the file that FAKE_DRIVER names."
 
@@ -1417,8 +1422,11 @@ class Driver:
         return object.__getattribute__(self, name)
 
     def state(self):
-        with open(os.environ['FAKE_DRIVER']) as file:
-            return json.load(file)
+        version = os.stat(os.environ['FAKE_DRIVER'])
+        if seen.get('version') != (version.st_ino, version.st_mtime_ns):
+            with open(os.environ['FAKE_DRIVER']) as file:
+                seen.update(state=json.load(file), version=(version.st_ino, version.st_mtime_ns))
+        return seen['state']
 
     def answer(self, name, device):
         "Count the call, take the time it takes, and return what it is to return."
@@ -1777,7 +1785,7 @@ def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, 
     gpus.change(0, used=24000)
     until(lambda: len(gpus.calls('memory')) > asked + 8)  # each of them once more
     gpus.change(0, used=900, pids=[2**22 + 2])
-    until(lambda: f'gpu 0 busy: 900 MiB used by pid {2**22 + 2}\n' in poller.log())
+    until(lambda: re.search(f'gpu 0 busy: .* used by pid {2**22 + 2}\n', poller.log()))
     assert len(re.findall(' gpu ', poller.log())) == 5
     gpus.have(4)
     assert poller.wait(30) == 0
@@ -2063,7 +2071,7 @@ def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gp
     assert pool.run('a.sh', 0)
     assert pool._lock_some(2) == []  # 1 is free, 2 is not: both are not asked again for a second
     queue.open_gate()
-    until(lambda: pool._collect() or pool.completed)
+    until(lambda: pool._release() or pool._collect() or pool.completed)
     assert pool._lock_some(2) == [0, 1]
 
 
