@@ -9,6 +9,7 @@ help:
 	@echo 'make demo    run a small queue in a temporary folder; needs nothing but python3'
 	@echo 'make test    run the tests'
 	@echo 'make soak    kill pollers at random for SECONDS=600 and look for what is lost'
+	@echo 'make bench   measure how fast it is, beside xargs and others that are here'
 	@echo 'make lint    run ruff and mypy'
 	@echo 'make build   make the wheel and the sdist, in dist/'
 	@echo 'make clean   remove what the others made'
@@ -22,10 +23,13 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 soak: $(VENV)/ready
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -m soak
+
+bench: $(VENV)/ready
+	$(BIN)/python -m pytest -q -m bench
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -62,4 +66,4 @@ demo:
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__
 
-.PHONY: help test soak lint build demo clean
+.PHONY: help test soak bench lint build demo clean

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -2494,3 +2495,183 @@ def test_exit_0_goes_on_polling(queue):
         until(lambda name=name: name in queue.names('complete'))
     poller.send_signal(signal.SIGTERM)
     assert poller.wait(30) == 143
+
+
+# --- Bench: make bench, each figure beside a peer in the same run ----------------------------------------------------
+
+STAMPED = '#!/bin/sh\nexec >{out}/$$; date +%s.%N; sleep 0.05; date +%s.%N\n'
+ORIGINAL = """
+import os, subprocess, sys, threading, time
+busy, names = [threading.Lock(), threading.Lock()], sorted(os.listdir(sys.argv[1]))
+def run(slot, name):
+    subprocess.run([os.path.join(sys.argv[1], name)])
+    slot.release()
+while names:
+    for slot in busy:
+        if names and slot.acquire(blocking=False):
+            threading.Thread(target=run, args=(slot, names.pop(0))).start()
+    time.sleep(0.1)
+"""
+PEERS = {  # each runs the scripts of the folder {0} on two slots, and waits for them
+    'xargs': 'ls -d {0}/* | xargs -P2 -n1 env',
+    'parallel': 'ls -d {0}/* | parallel -j2',
+    'tsp': 'export TS_SOCKET={0}.socket TMPDIR=/tmp; tsp -S 2; for s in {0}/*; do tsp -nf env $s & done; wait; tsp -K',
+    "the original's loop": f'{sys.executable} -c "$ORIGINAL" {{0}}',
+}
+
+
+class Bench:
+    """Folders of scripts, ways to run them, and a table of what that took."""
+
+    def __init__(self, path):
+        self.path = path
+        self.folders = 0
+
+    def scripts(self, number, text):
+        """Return a new queue with so many scripts, old enough to start at once."""
+        self.folders += 1
+        queue = Queue(self.path / f'{self.folders}')
+        (queue.path / 'stamps').mkdir()
+        for n in range(number):
+            script = queue.path / 'to_run' / f'{n:06}.sh'
+            script.write_text(text.format(out=queue.path / 'stamps'))
+            script.chmod(0o755)
+        time.sleep(0.2)
+        return queue
+
+    def time(self, who, queue):
+        """Run the queue to its end with a peer, or with fastgpu and the options `who`; return the seconds."""
+        command = PEERS.get(who, f'{sys.executable} {MODULE} {who} --path {queue.path}').format(queue.path / 'to_run')
+        began = time.monotonic()
+        subprocess.run(command, shell=True, stderr=subprocess.DEVNULL, env={**os.environ, 'ORIGINAL': ORIGINAL})
+        return time.monotonic() - began
+
+    def idle(self, who):
+        """Return the milliseconds in which a slot was idle for each script of 50 ms, by what the scripts wrote."""
+        queue = self.scripts(60, STAMPED)
+        self.time(who, queue)
+        times = [tuple(map(float, file.read_text().split())) for file in (queue.path / 'stamps').iterdir()]
+        assert len(times) == 60
+        span = max(end for _, end in times) - min(start for start, _ in times)
+        return (2 * span - sum(end - start for start, end in times)) / 60 * 1000
+
+    def small(self, who):
+        """Return the milliseconds for each of 1,000 scripts that end at once."""
+        return self.time(who, self.scripts(1000, '#!/bin/sh\n')) / 1000 * 1000
+
+    def row(self, what, ours, limit, unit, peers=()):
+        """Add a line to the table: our figure, its limit, and those of the peers."""
+        print(f'{what:44}{ours:9.2f} {limit:9.2f} {unit:5}', *(f'{who} {n:.2f} ' for who, n in dict(peers).items()))
+
+    def compare(self, what, measure, who, limit, unit, leave_out=''):
+        """Measure fastgpu and the peers that are here five times by turns; add a line with the medians."""
+        found = [peer for peer in PEERS if peer != leave_out and (shutil.which(peer) or 'original' in peer)]
+        figures = {name: [] for name in (who, *found)}
+        for _, name in itertools.product(range(5), figures):
+            figures[name].append(measure(name))
+        medians = {name: statistics.median(values) for name, values in figures.items()}
+        ours = medians.pop(who)
+        self.row(what, ours, limit * medians['xargs'], unit, medians)
+
+
+def stretch(queue, number, *args):
+    """Start a poller, let it file so many scripts, and interrupt it; return the milliseconds for each script, the
+    seconds until the first one started, and the MiB that the poller had."""
+    began, done = time.time(), len(queue.names('complete'))
+    poller = queue.start(*args)
+    until(lambda: len(queue.names('complete')) >= done + number)
+    memory = used_by(poller.pid)[1]
+    poller.send_signal(signal.SIGINT)
+    poller.wait()
+    records = [record for record in map(json.loads, map(Path.read_text, (queue.path / 'out').glob('*.json')))
+               if record['started'] > began]
+    first = min(record['started'] for record in records)
+    return (max(record['finished'] for record in records) - first) / len(records) * 1000, first - began, memory
+
+
+def used_by(pid):
+    """Return the seconds of a core that a process has used so far, and the MiB that it had at most."""
+    ticks = Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[11:13]
+    memory = re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())[1]
+    return sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK'), int(memory) / 1024
+
+
+def share(poller, seconds=20):
+    """Return the percentage of a core that a poller uses while nothing happens, and its MiB."""
+    before = used_by(poller.pid)[0]
+    time.sleep(seconds)
+    after, memory = used_by(poller.pid)
+    return (after - before) / seconds * 100, memory
+
+
+def pick_up(queue, fresh):
+    """Return the seconds after which an idle poller starts a script that is moved into to_run."""
+    draft = queue.path / 'draft.sh'
+    draft.write_text('#!/bin/sh\ndate +%s.%N\n')
+    draft.chmod(0o755)
+    if not fresh:
+        os.utime(draft, (1, 1))
+    name = f'!{time.time()}.sh'
+    moved = time.time()
+    os.rename(draft, queue.path / 'to_run' / name)
+    return float(until(lambda: queue.has_out(f'{name}.stdout'))) - moved
+
+
+def median(measure, *args):
+    """Return the median of five measurements."""
+    return statistics.median(measure(*args) for _ in range(5))
+
+
+@pytest.mark.bench
+def test_bench(gpus, tmp_path, capsys):
+    bench = Bench(tmp_path)
+    with capsys.disabled():
+        print(f'\n{"":44}{"fastgpu":>9} {"limit":>9}')
+        bench.compare('idle per script of 50 ms, two slots', bench.idle, '--workers 2', 1.6, 'ms')
+        bench.compare('idle per script of 50 ms, two GPUs', bench.idle, '', 1.6, 'ms')
+        bench.compare('script that ends at once, two slots', bench.small, '--workers 2', 2, 'ms',
+                      leave_out="the original's loop")  # 50 s
+
+        queue = bench.scripts(100_000, '#!/bin/sh\n')
+        few, many = [], []
+        for _ in range(5):
+            few.append(stretch(bench.scripts(100, '#!/bin/sh\n'), 100, '--workers', '2'))
+            many.append(stretch(queue, 100, '--workers', '2'))
+        few, many = (list(map(statistics.median, zip(*rounds))) for rounds in (few, many))
+        bench.row('cost per script, while 100,000 wait', many[0], 1.2 * few[0], 'ms', {'while 100 wait': few[0]})
+        bench.row('   the first one starts after', many[1], 1, 's')
+        bench.row('   memory', many[2], 64, 'MiB')
+        poller = queue.start('--workers', '2')
+        until(lambda: len(queue.names('complete')) > 600)
+        bench.row('   one that sorts first starts after', median(pick_up, queue, False), 1, 's')
+        poller.send_signal(signal.SIGINT)
+        poller.wait()
+
+        queue = bench.scripts(0, '')
+        poller = queue.start('--exit', '0', '--workers', '2')
+        until(lambda: poller.log() or used_by(poller.pid)[0] > 0)
+        bench.row('a script moved to an idle poller starts after', median(pick_up, queue, False), 0.15, 's')
+        bench.row('   one that was just written', median(pick_up, queue, True), 0.25, 's')
+        processor, memory = share(poller)
+        bench.row('idle poller', processor, 0.2, '%')
+        bench.row('   memory', memory, 20, 'MiB')
+        gpus.set({'uuid': 'GPU-1', 'pids': [4121]})
+        poller = bench.scripts(1000, '#!/bin/sh\n').start('--exit', '0')
+        until(lambda: 'busy' in poller.log())
+        bench.row('1,000 scripts wait for a busy GPU', share(poller)[0], 1, '%')
+
+        figures = {}
+        for number in 2, 64:
+            gpus.have(number)
+            figures[number] = median(lambda: stretch(bench.scripts(640, '#!/bin/sh\n'), 640, '--exit', '1')[0])
+        bench.row('cost per script, 64 GPUs', figures[64], 1.5 * figures[2], 'ms', {'2 GPUs': figures[2]})
+
+        imports, help = ([sys.executable, *words] for words in (['-c', 'import argparse, subprocess, json'],
+                                                                 ['-m', 'fastgpu', '--help']))
+        figures = [[], []]
+        for _, (times, command) in itertools.product(range(15), list(zip(figures, (imports, help)))):
+            began = time.monotonic()
+            subprocess.run(command, stdout=subprocess.DEVNULL, cwd=MODULE.parent)
+            times.append((time.monotonic() - began) * 1000)
+        figures = list(map(statistics.median, figures))
+        bench.row('--help', figures[1], 1.5 * figures[0], 'ms', {'the imports alone': figures[0]})
