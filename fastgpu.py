@@ -197,6 +197,40 @@ def find_next_script(p: StrPath) -> Path | None:
     return next((Path(p) / name for name, reason in conditions(p) if not reason), None)
 
 
+class Listing:
+    """The names in a folder in sorted order, from which the first ones are taken.
+
+    To list a long queue takes longer than to start a script of it. So a list serves for ten times as long as it took
+    to make, and for a second while the folder seems unchanged: its time stamp is too coarse to tell each change.
+    """
+
+    def __init__(self, folder: StrPath) -> None:
+        self.folder = folder
+        self.names: list[str] = []  # what is left of the list, backwards
+        self.number = 0  # how many there were
+        self.again = False  # set it where a name was taken that should come again
+        self._changed = 0
+        self._due = self._expires = 0.0
+
+    def expire(self) -> None:
+        """Let the next `update` list the folder, come what may."""
+        self._due = self._expires = 0.0
+
+    def update(self) -> bool:
+        """List the folder if that is due; return whether it was listed. Raises OSError."""
+        began = time.monotonic()
+        if began < self._due:
+            return False
+        changed = os.stat(self.folder).st_mtime_ns
+        if changed == self._changed and not self.again and began < self._expires:
+            return False
+        self.names = sorted((name for name in os.listdir(self.folder) if name[0] != '.'), reverse=True)
+        self.number, self.again, self._changed = len(self.names), False, changed
+        self._due = time.monotonic() + 10 * (time.monotonic() - began)
+        self._expires = began + LOOK_AROUND
+        return True
+
+
 def numbered(name: str, n: int) -> str:
     """Return the name of the n-th further run of the script `name`: `train.sh`, `train-1.sh`, `train-2.sh`."""
     stem, suffix = os.path.splitext(name)
@@ -433,8 +467,8 @@ class ResourcePoolBase:
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
-        self._look_at = self._start_at = self._scan_at = 0.0  # when to look around, start scripts, list to_run again
-        self._names: list[str] = []  # what is left of that list, backwards
+        self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
+        self._queue = Listing(self.to_run)
         self._waiting = False  # whether something in it waits for a moment
         self._collected_at = 0.0
         self._signals: list[int] = []
@@ -803,7 +837,7 @@ class ResourcePoolBase:
                 self._collect(others=True)
             idle = look and not self._runs
             if idle:
-                self._scan_at = 0.0
+                self._queue.expire()
             # No resource waits for us: the next scripts start, under the same locks, before those that ended are filed.
             self._release()
             left = not self._signals and self._start()
@@ -852,24 +886,19 @@ class ResourcePoolBase:
         return True
 
     def _next_script(self) -> str | None:
-        """Return the name of the first script in to_run that can start, None where there is none.
-
-        To list a long queue takes longer than to start a script of it. So a list serves for ten times as long as it
-        took to make, and while a resource waits; what was no script, or not yet one, is looked at again in the next.
-        """
-        now = time.monotonic()
-        if now >= self._scan_at and not (self._names and self._spare):
-            self._names, self._waiting = sorted(os.listdir(self.to_run), reverse=True), False
-            self._scan_at = time.monotonic() + 10 * (time.monotonic() - now)
-        while self._names:
-            name = self._names[-1]
+        """Return the name of the first script in to_run that can start, None where there is none."""
+        if not (self._queue.names and self._spare) and self._queue.update():  # not while a resource waits for us
+            self._waiting = False
+        while self._queue.names:
+            name = self._queue.names[-1]
             reason = condition(f'{self.to_run}/{name}') or self._why_unfit(name)
             # A person who moves a running script back to to_run ends that run, and it starts anew when that has ended.
             ending = any(name in (run.name, run.record.get('script')) and (run.kill_at or self._taken_out(run))
                          for run in self._runs.values())
             if not reason and not ending:
                 return name
-            self._names.pop()
+            self._queue.names.pop()
+            self._queue.again |= reason != 'ignored'
             if not reason or reason == 'just written':
                 self._waiting = True
             elif reason != 'ignored':
