@@ -69,13 +69,43 @@ class FastgpuError(Exception):
 
 # --- Messages: lines on stderr, safe to print whatever a file is called ---------------------------------------------
 
-def log(text: str) -> None:
-    """Write `text` and the time of day to stderr. A terminal that is gone is no reason to stop working."""
-    try:
-        if sys.stderr:
-            print(time.strftime('%H:%M:%S'), text, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
+class Log:
+    """Lines on stderr, and on a terminal one more below them, which tells how far things are."""
+
+    def __init__(self) -> None:
+        self._bottom = ''
+
+    def __call__(self, text: str, alarm: bool = False) -> None:
+        """Write `text` and the time of day; on a terminal that has colours in red, if it is an `alarm`."""
+        text = f'{time.strftime("%H:%M:%S")} {text}'
+        if alarm and self._terminal() and not os.environ.get('NO_COLOR'):
+            text = f'\033[31m{text}\033[0m'
+        self._write(text + '\n')
+
+    def bottom(self, text: str) -> None:
+        """Make `text` the line below the others, where there is a terminal to keep it there."""
+        if self._bottom != text:
+            self._bottom = text
+            if self._terminal():
+                self._write('')
+
+    def _terminal(self) -> bool:
+        """Return whether stderr is a terminal that can erase a line."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return sys.stderr.isatty() and os.environ.get('TERM', 'dumb') != 'dumb'
+        return False
+
+    def _write(self, lines: str) -> None:
+        """Write `lines` above the line at the bottom. A terminal that is gone is no reason to stop working."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if self._terminal():
+                width = os.get_terminal_size(sys.stderr.fileno()).columns
+                lines = f'\r\033[K{lines}{self._bottom[:max(0, width - 1)]}'
+            sys.stderr.write(lines)
+            sys.stderr.flush()
+
+
+log = Log()
 
 
 def shown(text: object) -> str:
@@ -99,6 +129,11 @@ def near(path: StrPath) -> str:
     return str(path)
 
 
+def remark(reason: str, path: StrPath) -> str:
+    """Return a `reason`, if there is one, and the file that tells more."""
+    return shown(f'{reason} ({near(path)})' if reason else near(path))
+
+
 def mv_command(source: StrPath, dest: StrPath) -> str:
     """Return the shell command that moves `source` into the folder `dest`."""
     return shown(f'mv {shlex.quote(str(source))} {shlex.quote(str(dest))}/')
@@ -117,7 +152,26 @@ def count(number: int, thing: str) -> str:
     return f'{number} {thing}' + 's' * (number != 1)
 
 
+def time_left(mean: float, waiting: int, running: int) -> float:
+    """Return the seconds until so many scripts have ended, if they take the `mean` of the earlier ones."""
+    return mean * (waiting + running / 2) / max(1, running)
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number where there is none."""
+    import pwd  # here, because only `status` needs it
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 # --- Folders: the queue is five of them, and a script is a file in one ----------------------------------------------
+
+def queue_folders(path: StrPath) -> list[Path]:
+    """Return the folders to_run, running, complete, fail and out of the queue in `path`."""
+    return [Path(path) / name for name in ('to_run', 'running', 'complete', 'fail', 'out')]
+
 
 def setup_dirs(path: StrPath) -> list[Path]:
     """Create the folder `path` and its to_run, running, complete, fail and out, where they are missing.
@@ -125,9 +179,8 @@ def setup_dirs(path: StrPath) -> list[Path]:
     Returns those five, in that order. Raises OSError where one cannot be made. Their mode is 0755 less the umask:
     whoever else can write to them can run code as you.
     """
-    path = Path(path)
-    folders = [path / name for name in ('to_run', 'running', 'complete', 'fail', 'out')]
-    for folder in (path, *folders):
+    folders = queue_folders(path)
+    for folder in (Path(path), *folders):
         folder.mkdir(mode=0o755, exist_ok=True)
     return folders
 
@@ -341,6 +394,21 @@ def give_back(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
+def is_held(path: StrPath) -> bool:
+    """Return whether somebody holds the lock file `path`. Who tries to take it at this very moment may fail."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def read_note(path: StrPath) -> str:
     """Return what the holder of the lock file `path` wrote there, for people only: anybody can write to it."""
     try:
@@ -417,6 +485,15 @@ def describe(code: int | None) -> str:
         return f'status {code}'
 
 
+def last_line(path: StrPath) -> str:
+    """Return the last line in `path` that is not blank, or '', in at most 200 characters."""
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        file.seek(-min(4096, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        lines = file.read().decode('utf-8', 'replace').split('\n')
+        return shown(next((line.strip() for line in reversed(lines) if line.strip()), ''))[:200]
+    return ''
+
+
 def missing_interpreter(script: Path) -> str:
     """Return a sentence if the first line of `script` names an interpreter that does not exist, else ''.
 
@@ -439,23 +516,28 @@ class ResourcePoolBase:
     """Runs the scripts of the queue in the folder `path`, each on one of the resources that `all_ids` names.
 
     A resource of your own is a subclass with `all_ids`, and where it needs them `is_available` and `environment`.
-    Raises OSError or FastgpuError where there can be no queue in `path`.
+    Raises OSError or FastgpuError where there can be no queue in `path`. With `only_look`, for `status`, it makes and
+    checks nothing.
     """
     kind = 'worker'  # what a resource is called in messages
 
-    def __init__(self, path: StrPath) -> None:
+    def __init__(self, path: StrPath, only_look: bool = False) -> None:
         fd = 0
         while fd <= 2:  # a lock in the place of a closed stdin would not be inherited
             fd = os.open(os.devnull, os.O_RDWR)
         os.close(fd)
         self.path = Path(os.path.abspath(path))
-        folders = setup_dirs(self.path)
-        check_dirs(self.path, folders)
+        folders = queue_folders(self.path)
+        if not only_look:
+            setup_dirs(self.path)
+            check_dirs(self.path, folders)
+        elif not os.path.isdir(folders[0]):
+            raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
         self.to_run, self.running, self.complete, self.fail, self.out = folders
         self.host = os.uname().nodename
         self.completed: list[str] = []  # the runs that this pool filed, by name
         self.failed: list[str] = []
-        self._name_max = os.pathconf(self.out, 'PC_NAME_MAX')
+        self.busy_seconds = 0.0  # of all resources together, by those runs
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._spare: dict[Hashable, list[int]] = {}  # the same of scripts that have just ended, for the next ones
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
@@ -467,6 +549,8 @@ class ResourcePoolBase:
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
+        self._alive = self.path / f'.{self.host}.poller'  # a lock that every poller of this host shares
+        self._began = time.time()
         self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
         self._queue = Listing(self.to_run)
         self._waiting = False  # whether something in it waits for a moment
@@ -639,8 +723,9 @@ class ResourcePoolBase:
         """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone."""
         for n in itertools.count():
             name = numbered(script, n)
-            if len(os.fsencode(name + '.exitcode')) > self._name_max:
-                raise FastgpuError(f'its name is too long, by {len(os.fsencode(name)) + 9 - self._name_max} bytes')
+            too_long = len(os.fsencode(name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
+            if too_long > 0:
+                raise FastgpuError(f'its name is too long, by {too_long} bytes')
             if any(map(os.path.lexists, [*(f'{folder}/{name}' for folder in (self.running, self.complete, self.fail)),
                                          *(self._out(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))])):
                 continue
@@ -649,7 +734,8 @@ class ResourcePoolBase:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
                 continue
-            record = {'script': script, 'host': self.host, 'ids': ids, 'started': round(time.time(), 3)}
+            record = {'script': script, 'host': self.host, 'kind': self.kind, 'ids': ids,
+                      'started': round(time.time(), 3)}
             try:
                 # From the rename on, a name in running/ whose record is not locked has no owner.
                 if not lock_fd(fd, path):
@@ -687,7 +773,7 @@ class ResourcePoolBase:
                  *(command or [f'{self.running}/{run.name}'])],
                 stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
                 pass_fds=(run.fd, *(fd for ident in run.ids for fd in self._locks[ident])),
-                env={**os.environ, **self.environment(*run.ids)})
+                env={'PYTHONUNBUFFERED': '1', **os.environ, **self.environment(*run.ids)})
         except BaseException as error:
             try:
                 if isinstance(error, OSError):  # nothing was started; of a KeyboardInterrupt that cannot be said
@@ -749,22 +835,29 @@ class ResourcePoolBase:
                 self._note_elsewhere(name, record, f'{where}: %s {shown(name)} {how}')
             elif code == 0:
                 safe_rename(script_path, self.complete)
-                self.completed.append(name)
+                self._count(self.completed, run, finished)
                 log(f'{where}: complete {shown(name)} {how}')
             elif record.get('stopped') or (code is None and not unknown):
                 path = safe_rename(script_path, self.to_run, script)
                 log(f'{where}: requeue {shown(name)}' + f' as {shown(path.name)}' * (path.name != name) + f' {how}')
             else:
                 path = safe_rename(script_path, self.fail)
-                self.failed.append(name)
-                reason = missing_interpreter(path) if code == 127 else ''
-                log(f'{where}: fail {shown(name)} {how}: {shown(reason or near(self._out(name, "stderr")))}')
+                self._count(self.failed, run, finished)
+                stderr = self._out(name, 'stderr')
+                reason = missing_interpreter(path) if code == 127 else last_line(stderr)
+                log(f'{where}: fail {shown(name)} {how}: {remark(reason, stderr)}', alarm=True)
         except OSError as error:
             self._say(name, f'cannot file {shown(name)} now: {explain(error)}; trying again')
             with contextlib.suppress(OSError):
                 setup_dirs(self.path)  # one of them may be gone
             return False
         return True
+
+    def _count(self, ended: list[str], run: Run, finished: float) -> None:
+        """Count a run as one of those that `ended` this way, for the summary."""
+        ended.append(run.name)
+        began = max(run.record.get('started', finished), self._began)
+        self.busy_seconds += max(0.0, finished - began) * len(run.record.get('ids', [0]))
 
     def _write_record(self, run: Run) -> None:
         """Write what we know of a run to its record. Raises OSError."""
@@ -826,8 +919,28 @@ class ResourcePoolBase:
         Returns 0 if all ended well, 1 if a script failed or was left in to_run, 128+N if it was stopped by signal N.
         Raises OSError where the queue cannot be read.
         """
-        began = time.monotonic()
+        self._began = time.time()
         self._remove_strays()
+        with self._announced():
+            self._poll(poll_interval, exit_when_empty)
+        return self._sum_up(time.time() - self._began)
+
+    @contextlib.contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Let `status` know that a poller is alive, by a lock that pollers share; clear the terminal afterwards."""
+        fd = None
+        with contextlib.suppress(OSError):
+            fd = open_lock(self._alive)
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            log.bottom('')
+            if fd is not None:
+                os.close(fd)
+
+    def _poll(self, poll_interval: float, exit_when_empty: bool) -> None:
+        """Do what `poll_scripts` says."""
         while True:
             look = time.monotonic() >= self._look_at
             if look:
@@ -848,18 +961,18 @@ class ResourcePoolBase:
                 self._log_start(self._started.pop(0))
             if self._signals:
                 if self._stop():
-                    break
+                    return
             elif not left and exit_when_empty:
                 if idle and not self._runs:
-                    break
+                    return
                 if not self._runs:
                     self._look_at = 0.0  # leave only after a look around, which may requeue something
                     continue
                 if not any(run.process for run in self._runs.values()):
                     for name in self._runs:
                         self._say(name, f'waiting for {shown(name)}, which runs without this poller')
+            log.bottom(self._progress())
             self._poller.poll(poll_interval * 1000)
-        return self._sum_up(time.monotonic() - began)
 
     def interrupt(self, signum: int) -> None:
         """Stop `poll_scripts`; made to be called by a signal handler.
@@ -878,6 +991,7 @@ class ResourcePoolBase:
             try:
                 if not self._start_one(name):
                     return True
+                self._queue.names.pop()
             except FastgpuError as error:
                 self._unfit[name] = str(error), file_mark(self.to_run / name)
             except OSError as error:
@@ -1157,18 +1271,97 @@ class ResourcePoolBase:
                 f'{len(self.failed)} fail' + f', {len(left)} left in to_run' * bool(left))
         else:
             log(f'nothing to run in {shown(self.to_run)}')
+        if done:
+            share = min(1.0, self.busy_seconds / max(0.001, seconds) / len(list(self.all_ids())))
+            log(f'{self.busy_seconds / 3600:.1f} {self.kind} hours used, {self.kind}s busy {share:.0%} of the time')
+        if self.failed:
+            log('failed: ' + shown(' '.join(self.failed[:10])) + f' and {len(self.failed) - 10} more'
+                * (len(self.failed) > 10), alarm=True)
         if self._signals:
             return 128 + self._signals[-1]
         return 1 if self.failed or left else 0
 
 
+    # What there is to see, for one who may only read.
+
+    def _progress(self) -> str:
+        """Return in one line how far this poller is."""
+        done, waiting, running = len(self.completed) + len(self.failed), len(self._queue.names), len(self._runs)
+        text = f'{done}/{done + running + waiting} done, {len(self.failed)} failed, {running} running'
+        if done and running:
+            text += f', {duration(time_left(self.busy_seconds / done, waiting, running))} left'
+        return text
+
+    def status(self) -> dict[str, Any]:
+        """Return the state of the queue: what `fastgpu_poll --status --json` prints, see the README.
+
+        Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
+        """
+        waiting, running, complete, fail = (Listing(folder) for folder in (
+            self.to_run, self.running, self.complete, self.fail))
+        for listing in (waiting, running, complete, fail):
+            listing.update()
+        runs = [self._look_at_run(name) for name in reversed(running.names)]
+        here = sorted((run for run in runs if run['host'] == self.host), key=lambda run: str(run['ids']))
+        resources = self._look_at_resources(here)
+        ended = complete.names + fail.names
+        records = [self._look_at_run(name) for name in ended[::len(ended) // 100 + 1]]
+        seconds = [record['seconds'] for record in records if record['seconds'] is not None]
+        left = time_left(sum(seconds) / len(seconds), waiting.number, len(runs) or len(resources)) if seconds else None
+        last = sorted(fail.names, key=lambda name: file_mark(self.fail / name)[2:], reverse=True)[:3]
+        return {
+            'path': str(self.path), 'host': self.host, 'poller': is_held(self._alive), 'resources': resources,
+            'elsewhere': [run for run in runs if run['host'] != self.host],
+            'counts': {'to_run': waiting.number, 'running': running.number, 'complete': complete.number,
+                       'fail': fail.number},
+            'next': waiting.names[:-4:-1],
+            'failed': [{'script': name, 'stderr': self._out(name, 'stderr'),
+                        'last_line': last_line(self._out(name, 'stderr'))} for name in last],
+            'seconds_left': None if left is None or not (waiting.number or runs) else round(left, 1)}
+
+    def _look_at_run(self, name: str) -> dict[str, Any]:
+        """Return what the record of the run `name` says, and how long it took or has taken."""
+        record, user = {}, None
+        with contextlib.suppress(OSError):
+            fd = os.open(self._out(name, 'json'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            record, user = read_record(fd), user_name(os.fstat(fd).st_uid)
+            os.close(fd)
+        end = record.get('finished', time.time())
+        return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
+                'user': user, 'seconds': round(max(0.0, end - record['started']), 1) if record else None}
+
+    def _look_at_resources(self, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return what each resource of this host does; `runs` are those of this queue."""
+        rows = [{'kind': self.kind, 'id': ident, **self._look_at_resource(ident)} for ident in self.all_ids()]
+        for run in runs:
+            for ident in run['ids']:
+                row = next((row for row in rows if (row['kind'], row['id']) == (run['kind'], ident)), None)
+                if row is None:
+                    rows.append(row := {'kind': run['kind'] or 'resource', 'id': ident})
+                row.update(state='running', script=run['script'], user=run['user'], seconds=run['seconds'], reason=None)
+        return rows
+
+    def _look_at_resource(self, ident: Any) -> dict[str, Any]:
+        """Return whether a resource is free, and why if not."""
+        path = self.lock_path(ident)
+        self._reasons.pop(ident, None)
+        if is_held(path):
+            with contextlib.suppress(OSError):
+                since = f' for {duration(time.time() - os.stat(path).st_mtime)}'
+                return {'state': 'busy', 'reason': (read_note(path) or 'locked') + since}
+        elif self.is_available(ident):
+            return {'state': 'free', 'reason': None}
+        state, _, reason = str(self._reasons.get(ident) or 'busy').partition(': ')
+        return {'state': state, 'reason': reason}
+
+
 class FixedWorkerPool(ResourcePoolBase):
     """Runs scripts on a fixed list of slots, `worker_ids`; two pollers of a queue on one host share them."""
 
-    def __init__(self, worker_ids: Iterable[Any], path: StrPath) -> None:
-        super().__init__(path)
+    def __init__(self, worker_ids: Iterable[Any], path: StrPath, only_look: bool = False) -> None:
+        super().__init__(path, only_look)
         self.worker_ids = list(worker_ids)
-        if not self.worker_ids:
+        if not self.worker_ids and not only_look:
             raise FastgpuError('a pool needs at least one worker')
 
     def all_ids(self) -> list[Any]:
@@ -1283,6 +1476,14 @@ class Nvml:
             raise GpuError(str(error)) from None
         return memory.used / 2**20, memory.total / 2**20
 
+    def model(self, gpu: Gpu) -> str:
+        """Return the name of the model of a GPU. Raises GpuError."""
+        try:
+            handle = self._ask(self._nvml.nvmlDeviceGetHandleByUUID, gpu.uuid)
+            return str(self._ask(self._nvml.nvmlDeviceGetName, handle))
+        except self._nvml.NVMLError as error:
+            raise GpuError(str(error)) from None
+
     def pids(self, gpu: Gpu) -> list[int]:
         """Return the pids of the compute processes on a GPU, as its driver counts them. Raises GpuError."""
         nvml = self._nvml
@@ -1335,6 +1536,10 @@ class NvidiaSmi:
             except ValueError:
                 raise GpuError(' '.join(row)) from None
         raise GpuError('not found')
+
+    def model(self, gpu: Gpu) -> str:
+        """Return the name of the model of a GPU. Raises GpuError."""
+        return ', '.join(*self._csv('--query-gpu=name', '-i', gpu.uuid)[:1])
 
     def pids(self, gpu: Gpu) -> list[int]:
         """Return the pids of the compute processes on a GPU. Raises GpuError."""
@@ -1483,10 +1688,10 @@ class ResourcePoolGPU(ResourcePoolBase):
     """
     kind = 'gpu'
 
-    def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1) -> None:
+    def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
         self._gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
-        super().__init__(path)  # not before it is clear that there are GPUs: it makes folders
+        super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in self._gpus}
@@ -1547,6 +1752,15 @@ class ResourcePoolGPU(ResourcePoolBase):
             users = ', '.join(map(process_text, pids)) or 'no compute process'
             self._reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
         return not busy
+
+    def _look_at_resource(self, ident: Any) -> dict[str, Any]:
+        """Return whether a GPU is free, why if not, its model and its memory."""
+        seen = {'model': None, 'memory_used': None, 'memory_total': None, **super()._look_at_resource(ident)}
+        with contextlib.suppress(GpuError):
+            gpu = self._places[ident][0]
+            seen['memory_used'], seen['memory_total'] = map(round, self._driver.memory(gpu))
+            seen['model'] = self._driver.model(gpu)
+        return seen
 
     # Several scripts per GPU. Each place has a lock of its own, and the lock of the GPU is shared by the scripts that
     # have one. Who gets the GPU's lock exclusively knows that no script has a place on it, asks whether the GPU is
@@ -1613,10 +1827,75 @@ def amount(text: str) -> float:
     return float(text)
 
 
+def screen(status: dict[str, Any]) -> str:
+    """Return a `status` for people, in lines."""
+    rows = [['', '', '', '']]
+    for resource in status['resources']:
+        used, total = resource.get('memory_used'), resource.get('memory_total')
+        state = shown(resource['state'])
+        if state == 'running':
+            state = shown(f'{resource["script"]}, {resource["user"]}, {duration(resource["seconds"] or 0)}')
+        elif resource['reason']:
+            state += f': {resource["reason"]}'
+        rows.append([f'{resource["kind"]} {resource["id"]}', resource.get('model') or '',
+                     '' if total is None else f'{used / 1024:.1f} of {memory_text(total)}', state])
+    for run in status['elsewhere']:
+        rows.append([shown(f'on {run["host"] or "?"}'), '', '',
+                     shown(f'{run["script"]}, {run["user"]}') + f', {duration(run["seconds"] or 0)}'])
+    widths = [max(map(len, column)) for column in zip(*rows)][:3]
+    lines = ['  '.join([cell.ljust(width) for cell, width in zip(row, widths) if width] + [row[3]]) for row in rows[1:]]
+    lines.append(' · '.join(f'{name} {number}' for name, number in status['counts'].items())
+                 + f' · {"a" if status["poller"] else "no"} poller is alive on {status["host"]}'
+                 + (f' · about {duration(status["seconds_left"])} left' if status['seconds_left'] is not None else ''))
+    if status['next']:
+        lines.append('next: ' + shown(' '.join(status['next'])))
+    for failed in status['failed']:
+        lines.append(f'failed: {shown(failed["script"])}: {remark(failed["last_line"], failed["stderr"])}')
+    return '\n'.join(lines)
+
+
+def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
+    """Put a script into to_run for each line of `commands`, blank ones and comments left out; return their names.
+
+    They are called job-000001.sh and so on, numbered after all such that the queue holds, and run in the folder that
+    is the current one now. Raises FastgpuError for a line that cannot be a script, before anything is put there;
+    OSError, with those put that were.
+    """
+    folders = setup_dirs(path)
+    check_dirs(Path(path), folders)
+    lines = [line.strip() for line in commands]
+    lines = [line for line in lines if line and not line.startswith(b'#')]
+    for line in lines:
+        if b'\0' in line:
+            raise FastgpuError(f'no script can hold a NUL byte: {shown(os.fsdecode(line))[:60]}')
+    names = []
+    lock = os.open(folders[0], os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time, so that the lines of one stay together
+        taken = [int(match[1]) for folder in folders[:4] for name in os.listdir(folder)
+                 if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
+        draft = folders[0] / f'.job-{os.getpid()}'
+        for number, line in enumerate(lines, max(taken, default=0) + 1):
+            head = f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n'
+            try:
+                with open(draft, 'wb') as file:
+                    os.fchmod(file.fileno(), 0o777 & ~0o022)
+                    file.write(os.fsencode(head) + line + b'\n')
+                names.append(safe_rename(draft, folders[0], f'job-{number:06}.sh').name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft)
+                raise
+    finally:
+        os.close(lock)
+    return names
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command with `args` (default: those of the process) and return its exit status."""
     parser = argparse.ArgumentParser(
-        prog='fastgpu_poll', description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.')
+        prog='fastgpu_poll', description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.',
+        epilog='example: fastgpu_poll --add <commands.txt && fastgpu_poll')
     parser.add_argument('--path', default='.', help='Path containing `to_run` directory (default: current directory)')
     parser.add_argument('--exit', type=int, default=1, choices=(0, 1), metavar='EXIT',
                         help='Exit when `to_run` is empty: 1, or wait for more: 0 (default: 1)')
@@ -1625,11 +1904,23 @@ def main(args: list[str] | None = None) -> int:
                         help='A GPU with more MiB in use is busy (default: 1024)')
     parser.add_argument('--per-gpu', type=positive, default=1, metavar='N',
                         help='Run up to N scripts on a GPU (default: 1)')
+    parser.add_argument('--add', action='store_true', help='Make a script of each line of standard input, and exit')
+    parser.add_argument('--status', action='store_true', help='Show what runs and what waits, and exit')
+    parser.add_argument('--json', action='store_true', help='With --status: as JSON')
     parser.add_argument('--version', action='version', version=f'fastgpu {__version__}')
     options = parser.parse_args(args)
+    if options.json and not options.status:
+        parser.error('--json is for --status')
     try:
-        pool: ResourcePoolBase = (FixedWorkerPool(range(options.workers), options.path) if options.workers
-                                  else ResourcePoolGPU(options.path, options.max_used, options.per_gpu))
+        if options.add:
+            for name in add_scripts(options.path, sys.stdin.buffer):
+                print(shown(name))
+            return 0
+        if options.status:
+            status = find_pool(options, only_look=True).status()
+            print(json.dumps(status, default=str, indent=1) if options.json else screen(status))
+            return 0
+        pool = find_pool(options)
     except (FastgpuError, OSError) as error:
         print(f'fastgpu_poll: {explain(error)}', file=sys.stderr)
         return 2
@@ -1644,6 +1935,18 @@ def main(args: list[str] | None = None) -> int:
     except OSError as error:
         print(f'fastgpu_poll: {explain(error)}; what runs goes on, and the next fastgpu_poll files it', file=sys.stderr)
         return 1
+
+
+def find_pool(options: argparse.Namespace, only_look: bool = False) -> ResourcePoolBase:
+    """Return the pool that the options ask for; without GPUs, one to `only_look` at what runs."""
+    if options.workers:
+        return FixedWorkerPool(range(options.workers), options.path, only_look)
+    try:
+        return ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look)
+    except FastgpuError:
+        if only_look:
+            return FixedWorkerPool([], options.path, only_look)
+        raise
 
 
 if __name__ == '__main__':

@@ -7,15 +7,18 @@ import fcntl
 import itertools
 import json
 import os
+import pty
 import random
 import re
 import shutil
 import signal
 import stat
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -33,6 +36,10 @@ FOLDERS = 'to_run', 'running', 'complete', 'fail'
 
 
 # --- Help for the tests: a queue, its pollers, and waiting for something ---------------------------------------------
+
+AS_NOBODY = ('import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
+             'sys.exit(fastgpu.main(sys.argv[1:]))')
+
 
 def until(condition, what='it', seconds=30):
     """Wait until `condition()` is true, and return what it returned."""
@@ -394,10 +401,10 @@ def test_a_run_leaves_its_output_its_status_and_its_record(queue):
     assert queue.out('a.sh.stderr') == 'err\n'
     assert queue.out('a.sh.exitcode') == '3'
     record = queue.record('a.sh')
-    assert list(record) == ['script', 'host', 'ids', 'started', 'pid', 'finished', 'exitcode']
+    assert list(record) == ['script', 'host', 'kind', 'ids', 'started', 'pid', 'finished', 'exitcode']
     assert [record[key] for key in ('script', 'host', 'ids', 'exitcode')] == ['a.sh', os.uname().nodename, [0], 3]
     assert before - 0.1 <= record['started'] <= record['finished'] <= time.time()
-    assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): .*/q/out/a.sh.stderr$', log, re.M)
+    assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): err \(.*/q/out/a.sh.stderr\)$', log, re.M)
 
 
 def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queue):
@@ -1341,6 +1348,177 @@ def test_one_odd_file_does_not_stop_the_others(queue, kind):
     assert 'a.sh' in log
 
 
+# --- What there is to see: log, progress, status ---------------------------------------------------------------------
+
+def test_the_log_of_a_failure_ends_with_its_last_words_and_the_summary_names_it(queue):
+    queue.add('a.sh', 'echo "first" >&2; printf "  loss is \\033[31mnan  \\n\\n" >&2; exit 1')
+    queue.add('b.sh', 'exit 2')
+    queue.add('c.sh')
+    status, log = queue.poll('--workers', '1', cwd=queue.path)
+    assert status == 1
+    assert re.search(r' worker 0: fail a.sh \(status 1, 0.. s\): loss is \\x1b\[31mnan \(out/a.sh.stderr\)\n', log)
+    assert re.search(r' worker 0: fail b.sh \(status 2, 0.. s\): out/b.sh.stderr\n', log)
+    assert re.search(r' 3 scripts in .* s: 1 complete, 2 fail\n'
+                     r'\S+ 0.0 worker hours used, workers busy \d+% of the time\n\S+ failed: a.sh b.sh\n$', log)
+    assert log.index('complete c.sh') > log.index('start c.sh') > log.index('fail b.sh')
+
+
+def test_what_a_script_in_python_prints_is_seen_at_once_unless_it_says_otherwise(queue, monkeypatch):
+    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
+    queue.poll()
+    assert queue.out('a.sh.stdout') == '<1>\n'
+    monkeypatch.setenv('PYTHONUNBUFFERED', '')
+    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
+    queue.poll()
+    assert queue.out('a-1.sh.stdout') == '<>\n'
+
+
+def on_a_terminal(queue, columns=60, **env):
+    """Return what a poller writes to a terminal while one script fails and one waits for the gate."""
+    queue.add('a.sh', 'exit 1')
+    queue.add('b.sh', queue.gate())
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)], stderr=theirs,
+                              env={**os.environ, 'TERM': 'xterm', 'NO_COLOR': '', **env})
+    queue.pollers.append(poller)
+    os.close(theirs)
+    until(lambda: queue.names('running') == ['b.sh'])
+    queue.open_gate()
+    text = b''
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while True:
+            text += os.read(ours, 4096)
+    os.close(ours)
+    assert poller.wait(30) == 1
+    return text.decode()
+
+
+def test_a_terminal_has_a_line_of_progress_below_the_log_as_wide_as_it_is(queue):
+    text = on_a_terminal(queue, columns=30)
+    assert '\r\033[K1/2 done, 1 failed, 1 running' [:4 + 29] in text
+    assert re.search(r'\r\033\[K\033\[31m\S+ worker 0: fail a.sh .*\033\[0m\r\n', text)
+    assert all(len(part) < 30 for part in re.findall(r'\r\033\[K(\d+/\d+ done[^\r\n]*)', text))
+    assert re.search(r' failed: a.sh\033\[0m\r\n$', text)  # and no line of progress is left
+
+
+def test_colours_and_progress_can_be_refused(queue):
+    assert '\033[31m' not in on_a_terminal(queue, NO_COLOR='1')
+    shutil.rmtree(queue.path)
+    queue = Queue(queue.path)
+    assert '\033' not in on_a_terminal(queue, TERM='dumb')
+
+
+def test_a_log_in_a_file_has_neither_progress_nor_colours(queue):
+    queue.add('a.sh', 'exit 1')
+    log = queue.poll()[1]
+    assert '\033' not in log
+    assert '\r' not in log
+
+
+def status(queue, *args, **kwargs):
+    """Return what --status --json and --status say."""
+    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', *args]
+    as_json = subprocess.run([*command, '--json'], check=True, capture_output=True, text=True, **kwargs).stdout
+    return json.loads(as_json), subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
+
+
+def test_status_of_an_empty_queue(gpus, queue):
+    as_json, text = status(queue)
+    assert as_json == {
+        'path': str(queue.path), 'host': os.uname().nodename, 'poller': False, 'counts': dict.fromkeys(FOLDERS, 0),
+        'elsewhere': [], 'next': [], 'failed': [], 'seconds_left': None,
+        'resources': [{'kind': 'gpu', 'id': number, 'state': 'free', 'reason': None, 'model': 'NVIDIA H100',
+                       'memory_used': 500, 'memory_total': 81920} for number in range(2)]}
+    assert text == ('gpu 0  NVIDIA H100  0.5 of 80.0 GiB  free\n'
+                    'gpu 1  NVIDIA H100  0.5 of 80.0 GiB  free\n'
+                    'to_run 0 · running 0 · complete 0 · fail 0 · no poller is alive on ' + os.uname().nodename + '\n')
+    assert not list(gpus.locks.iterdir())
+
+
+def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue):
+    gpus.have(4)
+    gpus.change(1, pids=[2**22 + 1], used=4096)
+    gpus.change(2, memory=15)
+    other = Queue(queue.path.parent / 'other')
+    other.add('theirs.sh', other.gate())
+    gpus.change(0, used=2000)
+    other.start('--exit', '1')
+    until(lambda: other.names('running'))  # on GPU 3
+    gpus.change(0, used=500)
+    for number in range(5):
+        queue.add(f'{number}.sh', 'echo "bad luck" >&2; exit 1')
+    assert queue.poll()[0] == 1
+    for name in 'abcde':
+        queue.add(f'{name}.sh', queue.gate())
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.names('running'))
+    for alive in True, False:
+        as_json, text = status(queue)
+        assert as_json['poller'] is alive
+        states = [resource['state'] for resource in as_json['resources']]
+        assert states == ['running', 'busy', 'unusable', 'busy']
+        assert as_json['resources'][0]['script'] == 'a.sh'
+        assert as_json['counts'] == {'to_run': 4, 'running': 1, 'complete': 0, 'fail': 5}
+        assert as_json['next'] == ['b.sh', 'c.sh', 'd.sh']
+        assert [failed['script'] for failed in as_json['failed']] == ['4.sh', '3.sh', '2.sh']
+        assert as_json['seconds_left'] >= 0
+        user = as_json['resources'][0]['user']
+        for line in (rf'gpu 0  NVIDIA H100  0.5 of 80.0 GiB  a.sh, {user}, \d+\.\d s',
+                     f'gpu 1  NVIDIA H100  4.0 of 80.0 GiB  busy: 4.0 GiB used by pid {2**22 + 1}',
+                     'gpu 2 .*unusable: GPU is lost',
+                     r'gpu 3 .* busy: runs theirs.sh of user \d+ \(pid \d+, .*/other\) for \d+\.\d s',
+                     'failed: 4.sh: bad luck \\(.*/out/4.sh.stderr\\)',
+                     f'fail 5 · {"a" if alive else "no"} poller is alive on .* · about .* left'):
+            assert re.search(f'^.*{line}$', text, re.M), (line, text)
+        poller.kill()
+        poller.wait()
+    for some in queue, other:
+        some.open_gate()
+
+
+def test_status_of_slots_and_of_other_hosts(queue, monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.setenv('PYTHONPATH', '/nowhere')
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '2', env={**os.environ, 'PATH': '/usr/bin:/bin'})
+    until(lambda: queue.names('running') and 'pid' in queue.record('a.sh'))
+    (queue.path / 'running' / 'far.sh').touch()
+    (queue.path / 'out' / 'far.sh.json').write_text(json.dumps(
+        {'script': 'far.sh', 'host': 'far\033', 'kind': 'gpu', 'ids': [7], 'started': time.time() - 3700}))
+    as_json, text = status(queue, '--workers', '2')
+    assert [resource['state'] for resource in as_json['resources']] == ['running', 'free']
+    assert [run['script'] for run in as_json['elsewhere']] == ['far.sh']
+    assert re.search(r'^on far\\x1b +far.sh, \w+, 1:01:4\d$', text, re.M)
+    assert status(queue)[0]['resources'][0]['script'] == 'a.sh'
+    assert poller.poll() is None
+    queue.open_gate()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_status_is_for_other_users_too_and_says_what_they_may_not_see(queue):
+    queue.add('a.sh')
+    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
+        os.chmod(path, 0o755)
+        shutil.copytree(queue.path, Path(path, 'q'))
+        command = [sys.executable, '-c', AS_NOBODY, '--path', f'{path}/q', '--status', '--workers', '1']
+        shown = subprocess.run(command, capture_output=True, text=True, cwd=MODULE.parent)
+        assert (shown.returncode, shown.stderr) == (0, '')
+        assert 'next: a.sh' in shown.stdout
+        os.chmod(f'{path}/q/fail', 0o700)
+        shown = subprocess.run(command, capture_output=True, text=True, cwd=MODULE.parent)
+        assert (shown.returncode, shown.stderr) == (2, f'fastgpu_poll: {path}/q/fail: Permission denied\n')
+
+
+def test_status_of_what_is_no_queue(tmp_path):
+    command = [sys.executable, str(MODULE), '--path', str(tmp_path / 'q'), '--status', '--workers', '1']
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (2, '')
+    assert shown.stderr == f'fastgpu_poll: {tmp_path}/q is no queue: it has no folder to_run (fastgpu_poll makes one)\n'
+    assert not (tmp_path / 'q').exists()
+
+
 # --- Rule 2: several hosts -------------------------------------------------------------------------------------------
 
 def on_host(name):
@@ -1476,6 +1654,10 @@ class Driver:
                 if device and device['uuid'].encode() == uuid.value:
                     return self.point(handle, 0x100 * number + instance)
         return pynvml.NVML_ERROR_NOT_FOUND
+
+    def nvmlDeviceGetName(self, handle, text, size):
+        text.value = b'NVIDIA H100'
+        return 0
 
     def nvmlDeviceGetUUID(self, handle, text, size):
         text.value = self.device(handle)['uuid'].encode()
@@ -2396,10 +2578,6 @@ def test_wrong_options_are_named(args, words):
     assert words in run.stderr
 
 
-AS_NOBODY = ('import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
-             'sys.exit(fastgpu.main(sys.argv[1:]))')
-
-
 def refused(path, command=(sys.executable, str(MODULE))):
     """Return the one line with which the command refuses to use `path`."""
     run = subprocess.run([*command, '--path', str(path), '--workers', '1'], capture_output=True, text=True,
@@ -2452,6 +2630,55 @@ def test_the_folders_must_be_on_one_file_system(queue, tmp_path):
     os.rmdir(queue.path / 'complete')
     (queue.path / 'complete').symlink_to(shm)
     assert f'{queue.path}/complete is on another file system' in refused(queue.path)
+
+
+def add(queue, cwd=None):
+    return subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--add'], cwd=cwd,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def added(queue, text, cwd=None):
+    process = add(queue, cwd)
+    out, err = process.communicate(text)
+    assert b'Traceback' not in err
+    return process.returncode, out.decode().split(), err.decode()
+
+
+def test_add_makes_a_script_of_each_line_which_runs_where_it_was_called(queue, tmp_path):
+    folder = tmp_path / "it's $HOME"
+    folder.mkdir()
+    lines = [b'pwd; exit 3', b'', b'  # comment', b'  echo "a  b" \'$HOME\' | tr a-z A-Z  \r',
+             b'echo \xff `echo %s`', b'echo "', b'#!not an interpreter', b'exec false']
+    assert added(queue, b'\n'.join(lines), folder) == (0, [f'job-00000{n}.sh' for n in range(1, 6)], '')
+    assert not [name for name in os.listdir(queue.path / 'to_run') if name.startswith('.')]
+    assert queue.poll('--workers', '1')[0] == 1
+    assert queue.out('job-000001.sh.stdout') == f'{folder}\n'
+    assert queue.out('job-000001.sh.exitcode') == '3'
+    assert queue.out('job-000002.sh.stdout') == 'A  B $HOME\n'
+    assert (queue.path / 'out' / 'job-000003.sh.stdout').read_bytes() == b'\xff %s\n'
+    assert queue.out('job-000004.sh.exitcode') == '2'
+    assert queue.out('job-000005.sh.exitcode') == '1'
+    (queue.path / 'fail' / 'job-000005.sh').rename(queue.path / 'fail' / 'job-000005-1.sh')
+    assert added(queue, b'true')[1] == ['job-000006.sh']
+
+
+def test_two_that_add_at_once_keep_their_lines_together(queue):
+    adding = [add(queue) for _ in range(4)]
+    for process in adding:
+        process.stdin.write(b'true\n' * 300)
+    for process in adding:
+        process.stdin.close()
+    names = [process.stdout.read().decode().split() for process in adding]
+    assert [process.wait(30) for process in adding] == [0] * 4
+    assert sorted(itertools.chain(*names)) == [f'job-{n:06}.sh' for n in range(1, 1201)]
+    assert all(int(some[-1][4:10]) == int(some[0][4:10]) + 299 for some in names)
+
+
+def test_add_refuses_what_cannot_be_a_script_before_it_adds_any(queue):
+    code, out, err = added(queue, b'true\nec\0ho\n')
+    assert (code, out, err) == (2, [], 'fastgpu_poll: no script can hold a NUL byte: ec\\x00ho\n')
+    assert queue.all() == {}
+    assert added(queue, b'\n# only a comment\n') == (0, [], '')
 
 
 def test_help_shows_the_options_of_the_original_first():
