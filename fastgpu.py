@@ -475,6 +475,18 @@ class Run:
         self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
 
 
+def session_groups(leader: int) -> set[int]:
+    """Return the process groups in the session of `leader` (proc(5), stat): timeout(1) and `set -m` make their own."""
+    groups = {leader}
+    for pid in filter(str.isdecimal, os.listdir('/proc')):
+        with contextlib.suppress(OSError, ValueError):
+            with open(f'/proc/{pid}/stat', 'rb') as file:
+                _, _, group, session = file.read().rpartition(b')')[2].split()[:4]
+            if int(session) == leader:
+                groups.add(int(group))
+    return groups
+
+
 def describe(code: int | None) -> str:
     """Return what the exit status `code` of a shell says, in a few words."""
     if code is None:
@@ -535,6 +547,7 @@ class ResourcePoolBase:
             raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
         self.to_run, self.running, self.complete, self.fail, self.out = folders
         self.host = os.uname().nodename
+        self.wrapper: list[str] = []  # words to put in front of each script's path
         self.completed: list[str] = []  # the runs that this pool filed, by name
         self.failed: list[str] = []
         self.busy_seconds = 0.0  # of all resources together, by those runs
@@ -543,12 +556,14 @@ class ResourcePoolBase:
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
         self._started: list[Run] = []  # those of them that the log does not know yet
+        self._elsewhere: dict[str, str] = {}  # what there is to say of those on other hosts
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         # Scripts in to_run that can never start, and why, as long as the file is the same.
         self._unfit: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
+        self._many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
         self._alive = self.path / f'.{self.host}.poller'  # a lock that every poller of this host shares
         self._began = time.time()
         self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
@@ -770,7 +785,7 @@ class ResourcePoolBase:
                 files.append(os.open(self._out(run.name, kind), flags, 0o666))
             run.process = subprocess.Popen(
                 ['/bin/sh', '-c', SHIM, 'fastgpu', self._out(run.name, 'exitcode'),
-                 *(command or [f'{self.running}/{run.name}'])],
+                 *(command or [*self.wrapper, f'{self.running}/{run.name}'])],
                 stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
                 pass_fds=(run.fd, *(fd for ident in run.ids for fd in self._locks[ident])),
                 env={'PYTHONUNBUFFERED': '1', **os.environ, **self.environment(*run.ids)})
@@ -873,8 +888,8 @@ class ResourcePoolBase:
             self.completed.append(name)
 
     def _where(self, ids: Iterable[Any]) -> str:
-        """Return where a run runs, for the log: `gpu 0`."""
-        return shown(f'{self.kind} {",".join(map(str, ids)) or "-"}')
+        """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
+        return shown(f'{self.host} ' * self._many_hosts + f'{self.kind} {",".join(map(str, ids)) or "-"}')
 
     def _out(self, name: str, kind: str) -> str:
         """Return the file of that `kind` in out/ of the run `name`."""
@@ -941,6 +956,7 @@ class ResourcePoolBase:
 
     def _poll(self, poll_interval: float, exit_when_empty: bool) -> None:
         """Do what `poll_scripts` says."""
+        first = True
         while True:
             look = time.monotonic() >= self._look_at
             if look:
@@ -948,6 +964,9 @@ class ResourcePoolBase:
                 self._find_others()
                 self._release()
                 self._collect(others=True)
+                if first:
+                    self._name_elsewhere()
+            first = False
             idle = look and not self._runs
             if idle:
                 self._queue.expire()
@@ -1058,6 +1077,7 @@ class ResourcePoolBase:
 
     def _find_others(self) -> None:
         """Take up the runs in running/ that are not ours; `_collect` files them when they have ended."""
+        self._elsewhere.clear()
         for name in sorted(os.listdir(self.running)):
             if name not in self._runs and name[0] != '.':
                 self._runs[name] = Run(name)
@@ -1083,6 +1103,11 @@ class ResourcePoolBase:
                 self.unlock(ident)  # one of several scripts on a GPU: whether it is shared is to be found out anew
             run.ids = ()  # from here on they may be another run's
             self._ask_at.clear()  # perhaps that is all that the next script needs
+
+    def _name_elsewhere(self) -> None:
+        """Log which scripts run on other hosts: at the start and at the end, in between it does not matter."""
+        for name, text in self._elsewhere.items():
+            self._say(name, text)
 
     def _collect(self, others: bool = False) -> None:
         """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
@@ -1144,6 +1169,13 @@ class ResourcePoolBase:
         else:
             run.status = code
             self._cuts.pop(run.record['script'], None)
+            if code and not run.record.keys() & {'cancelled', 'finished'}:
+                # Slurm, or a box that shuts down, sends TERM to all processes at once: to this script, and to us.
+                age = time.time() - self._exit_code(run.name)[1]
+                if code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5:
+                    return False
+                if self._stopping() and age < 1:
+                    run.record['stopped'] = True
             filed = self._settle(run)
         if filed:
             os.close(run.fd)
@@ -1164,7 +1196,8 @@ class ResourcePoolBase:
             host = self._host(run.fd, run.record)
             if host != self.host:
                 if host:
-                    self._say(name, f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}')
+                    self._many_hosts = True
+                    self._elsewhere[name] = f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}'
                 return True
             code, finished = self._exit_code(name)
             overdue = code is not None and time.time() - finished > OVERDUE
@@ -1185,11 +1218,11 @@ class ResourcePoolBase:
         return pid if isinstance(pid, int) and runs_shim(pid, self._out(run.name, 'exitcode')) else None
 
     def _signal(self, run: Run, signum: int) -> None:
-        """Send a signal to the process group of a run, if its shim is alive, so that the group is still its own."""
+        """Send a signal to the session of a run, if its shim is alive, so that the session is still its own."""
         pid = self._shim(run)
-        if pid:
+        for group in session_groups(pid) if pid else ():
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signum)
+                os.killpg(group, signum)
 
     def _terminate(self, run: Run, why: str) -> None:
         """Send TERM to a run, and KILL after the grace period (see `_kill`); its record says `why`."""
@@ -1232,11 +1265,15 @@ class ResourcePoolBase:
                     os.unlink(self.out / file)
             os.close(fd)
 
+    def _stopping(self) -> bool:
+        """Return whether scripts are to be stopped, not only no more to be started."""
+        return bool(self._signals) and self._signals != [signal.SIGINT]
+
     def _stop(self) -> bool:
         """Do what the signals so far ask for; return whether it is done."""
         # Ours that run; one that has ended and cannot be filed now is for the next poller.
         alive = [run for run in self._runs.values() if run.process and run.process.returncode is None]
-        if self._signals == [signal.SIGINT]:
+        if not self._stopping():
             if alive and 'stop' not in self._said:
                 self._say('stop', f'interrupted: waiting for {count(len(alive), "script")} (again: stop)')
             return not alive
@@ -1265,10 +1302,12 @@ class ResourcePoolBase:
         if not self._signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or self._why_unfit(name) or "new"})')
+        self._name_elsewhere()
         done = len(self.completed) + len(self.failed)
         if done or left:
-            log(f'{count(done, "script")} in {duration(seconds)}: {len(self.completed)} complete, '
-                f'{len(self.failed)} fail' + f', {len(left)} left in to_run' * bool(left))
+            log(f'{shown(self.host)}: ' * self._many_hosts + f'{count(done, "script")} in {duration(seconds)}: '
+                f'{len(self.completed)} complete, {len(self.failed)} fail'
+                + f', {len(left)} left in to_run' * bool(left))
         else:
             log(f'nothing to run in {shown(self.to_run)}')
         if done:
@@ -1827,6 +1866,17 @@ def amount(text: str) -> float:
     return float(text)
 
 
+def words(text: str) -> list[str]:
+    """Return the words of the command `text`, split as a shell would; raise argparse.ArgumentTypeError for none."""
+    try:
+        command = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r}: {error}'.lower()) from None
+    if not command or not shutil.which(command[0]):
+        raise argparse.ArgumentTypeError(f'there is no command {command[0] if command else ""!r}')
+    return command
+
+
 def screen(status: dict[str, Any]) -> str:
     """Return a `status` for people, in lines."""
     rows = [['', '', '', '']]
@@ -1904,6 +1954,8 @@ def main(args: list[str] | None = None) -> int:
                         help='A GPU with more MiB in use is busy (default: 1024)')
     parser.add_argument('--per-gpu', type=positive, default=1, metavar='N',
                         help='Run up to N scripts on a GPU (default: 1)')
+    parser.add_argument('--wrapper', type=words, default=[], metavar='CMD',
+                        help="Words to put before each script's path, as 'timeout 4h'")
     parser.add_argument('--add', action='store_true', help='Make a script of each line of standard input, and exit')
     parser.add_argument('--status', action='store_true', help='Show what runs and what waits, and exit')
     parser.add_argument('--json', action='store_true', help='With --status: as JSON')
@@ -1921,6 +1973,7 @@ def main(args: list[str] | None = None) -> int:
             print(json.dumps(status, default=str, indent=1) if options.json else screen(status))
             return 0
         pool = find_pool(options)
+        pool.wrapper = options.wrapper
     except (FastgpuError, OSError) as error:
         print(f'fastgpu_poll: {explain(error)}', file=sys.stderr)
         return 2

@@ -850,6 +850,28 @@ def test_stop_terminates_requeues_what_failed_and_files_what_ended_well(queue, s
     assert queue.out('saves.sh.stdout') == queue.out('fails.sh.stdout') == 'ready\nsaved\n'
 
 
+@pytest.mark.parametrize('first', ['script', 'poller'])
+def test_a_term_for_all_processes_at_once_puts_the_scripts_back_whoever_gets_it_first(queue, first):
+    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    group = queue.record('a.sh')['pid']
+    if first == 'script':
+        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGCONT)
+        until(lambda: queue.has_out('a.sh.exitcode'))
+        poller.send_signal(signal.SIGTERM)
+    else:
+        poller.send_signal(signal.SIGSTOP)
+        poller.send_signal(signal.SIGTERM)
+        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGCONT)
+        until(lambda: queue.has_out('a.sh.exitcode'))
+        poller.send_signal(signal.SIGCONT)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
 def test_stop_kills_what_ignores_term(queue, monkeypatch):
     monkeypatch.setattr(fastgpu, 'GRACE', 0.2)
     queue.add('a.sh', 'trap "" TERM; while :; do sleep 0.01; done')
@@ -1583,6 +1605,129 @@ open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
         fd = fastgpu.take_lock(lock)
         assert fd is not None
         os.close(fd)
+
+
+# --- Wrappers, and Slurm ---------------------------------------------------------------------------------------------
+
+def test_a_wrapper_is_put_before_the_path_as_a_shell_would_split_it_and_runs_no_shell(queue):
+    queue.add('a b.sh', 'echo "$WORD"; exit 7')
+    assert queue.poll('--workers', '1', '--wrapper', "env WORD='a $HOME;  b'")[0] == 1
+    assert queue.out('a b.sh.stdout') == 'a $HOME;  b\n'
+    assert queue.out('a b.sh.exitcode') == '7'
+
+
+@pytest.mark.parametrize(('wrapper', 'words'), [
+    ('nowhere 4h', "there is no command 'nowhere'"), ('', 'there is no command'), ('"sh', 'no closing quotation')])
+def test_a_wrapper_that_does_not_exist_is_told_at_the_start(queue, wrapper, words):
+    queue.add('a.sh')
+    status, log = queue.poll('--workers', '1', '--wrapper', wrapper)
+    assert status == 2
+    assert words in log
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_stopping_reaches_through_a_wrapper_that_makes_a_process_group_of_its_own(queue):
+    queue.add('a.sh', f'trap "echo saved; exit 0" TERM; echo start; {queue.gate()}')
+    queue.add('b.sh', f'trap "" TERM; echo $$; {queue.gate()}')
+    poller = queue.start('--workers', '2', '--wrapper', 'timeout 600')
+    until(lambda: queue.has_out('a.sh.stdout') and queue.has_out('b.sh.stdout'))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+    assert queue.out('a.sh.stdout') == 'start\nsaved\n'
+    until(lambda: not os.path.exists(f'/proc/{queue.out("b.sh.stdout").strip()}'))
+
+
+def has_slurm():
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(['sinfo', '-h'], capture_output=True, timeout=10).returncode == 0
+
+
+slurm = pytest.mark.skipif(not has_slurm(), reason='no Slurm answers here')
+NODES = ['srun', '--nodes=3', '--ntasks-per-node=1']
+STEP = 'srun --ntasks=1 --gpus=1'
+
+
+def no_steps():
+    return not subprocess.run(['squeue', '-h'], capture_output=True, check=True).stdout
+
+
+@slurm
+def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
+    for number in range(60):
+        queue.add(f'{number:02}.sh', f'echo $0 >> {queue.path}/ran; hostname; sleep 0.1; exit {number % 2}')
+    poller = queue.start('--workers', '2', command=(*NODES, sys.executable, str(MODULE)))
+    assert poller.wait(60) == 1
+    assert len(set((queue.path / 'ran').read_text().split())) == len((queue.path / 'ran').read_text().split()) == 60
+    assert Counter(queue.all().values()) == {'complete': 30, 'fail': 30}
+    hosts = {queue.out(f'{number:02}.sh.stdout').strip() for number in range(60)}
+    assert len(hosts) == 3
+    for host in hosts:
+        assert re.search(rf' {host} worker [01]: complete ', poller.log())
+        assert re.search(rf' {host}: \d+ scripts in ', poller.log())
+
+
+@slurm
+def test_slurm_runs_each_script_as_a_step_with_a_gpu_of_its_own_and_its_status_comes_back(queue):
+    for number in range(30):
+        queue.add(f'{number:02}.sh', 'date +%s%N; hostname; echo $CUDA_VISIBLE_DEVICES; sleep 0.1; date +%s%N; '
+                                     + ('kill -9 $$' if number == 7 else f'exit {number % 3}'))
+    assert queue.poll('--workers', '12', '--wrapper', STEP)[0] == 1
+    uses = {}
+    for number in range(30):
+        assert queue.out(f'{number:02}.sh.exitcode') == str(137 if number == 7 else number % 3)
+        start, host, gpu, end = queue.out(f'{number:02}.sh.stdout').split()
+        uses.setdefault((host, gpu), []).append((int(start), int(end)))
+    assert len({host for host, gpu in uses}) == 3
+    for spans in map(sorted, uses.values()):
+        assert all(later[0] > earlier[1] for earlier, later in zip(spans, spans[1:]))
+
+
+@slurm
+def test_slurm_steps_end_when_their_script_is_cancelled_or_the_poller_is_stopped(queue):
+    for name in 'ab':
+        queue.add(f'{name}.sh', f'echo $$; {queue.gate()}')
+    poller = queue.start('--workers', '2', '--wrapper', STEP)
+    until(lambda: queue.has_out('a.sh.stdout') and queue.has_out('b.sh.stdout'))
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'fail' / 'a.sh')
+    until(lambda: 'cancelled a.sh' in poller.log())
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'to_run'}
+    for name in 'ab':
+        until(lambda name=name: not os.path.exists(f'/proc/{queue.out(f"{name}.sh.stdout").strip()}'))
+
+
+@slurm
+def test_slurm_steps_outlive_their_poller_and_the_next_one_files_them(queue):
+    queue.add('a.sh', f'echo start; {queue.gate()} exit 5')
+    poller = queue.start('--workers', '2', '--wrapper', STEP)
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.kill()
+    poller.wait()
+    queue.open_gate()
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.poll('--workers', '2', '--wrapper', STEP)[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.exitcode') == '5'
+
+
+@slurm
+def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back(queue):
+    for number in range(6):
+        queue.add(f'{number}.sh', f'[ -e {queue.path}/again ] || {{ echo $$; {queue.gate()} }}')
+    batch = queue.path / 'batch'
+    batch.write_text('#!/bin/sh\n#SBATCH --nodes=3 --ntasks-per-node=1 --time=10\n'
+                     f'srun {sys.executable} {MODULE} --path {queue.path} --workers 1\n')
+    job = subprocess.run(['sbatch', '--parsable', '--output', queue.path / 'batch.log', batch], check=True,
+                         capture_output=True, text=True).stdout.strip()
+    until(lambda: len([number for number in range(6) if queue.has_out(f'{number}.sh.stdout')]) == 3)
+    subprocess.run(['scancel', '--signal=TERM', job], check=True)  # what --signal=TERM@60 has Slurm do
+    until(no_steps)
+    assert Counter(queue.all().values()) == {'to_run': 6}, (queue.path / 'batch.log').read_text()
+    (queue.path / 'again').touch()
+    assert queue.poll(command=(*NODES, sys.executable, str(MODULE)))[0] == 0
+    assert Counter(queue.all().values()) == {'complete': 6}
 
 
 # --- GPUs: the real nvidia-ml-py on a fake driver library ------------------------------------------------------------
