@@ -956,7 +956,6 @@ class ResourcePoolBase:
 
     def _poll(self, poll_interval: float, exit_when_empty: bool) -> None:
         """Do what `poll_scripts` says."""
-        first = True
         while True:
             look = time.monotonic() >= self._look_at
             if look:
@@ -964,9 +963,6 @@ class ResourcePoolBase:
                 self._find_others()
                 self._release()
                 self._collect(others=True)
-                if first:
-                    self._name_elsewhere()
-            first = False
             idle = look and not self._runs
             if idle:
                 self._queue.expire()
@@ -978,6 +974,9 @@ class ResourcePoolBase:
             self._collect()
             while self._started:
                 self._log_start(self._started.pop(0))
+            if not left and not self._runs:
+                for name, text in self._elsewhere.items():
+                    self._say(name, text)
             if self._signals:
                 if self._stop():
                     return
@@ -1103,11 +1102,6 @@ class ResourcePoolBase:
                 self.unlock(ident)  # one of several scripts on a GPU: whether it is shared is to be found out anew
             run.ids = ()  # from here on they may be another run's
             self._ask_at.clear()  # perhaps that is all that the next script needs
-
-    def _name_elsewhere(self) -> None:
-        """Log which scripts run on other hosts: at the start and at the end, in between it does not matter."""
-        for name, text in self._elsewhere.items():
-            self._say(name, text)
 
     def _collect(self, others: bool = False) -> None:
         """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
@@ -1302,7 +1296,6 @@ class ResourcePoolBase:
         if not self._signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or self._why_unfit(name) or "new"})')
-        self._name_elsewhere()
         done = len(self.completed) + len(self.failed)
         if done or left:
             log(f'{shown(self.host)}: ' * self._many_hosts + f'{count(done, "script")} in {duration(seconds)}: '
@@ -1371,7 +1364,8 @@ class ResourcePoolBase:
 
     def _look_at_resources(self, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return what each resource of this host does; `runs` are those of this queue."""
-        rows = [{'kind': self.kind, 'id': ident, **self._look_at_resource(ident)} for ident in self.all_ids()]
+        rows = [{'kind': self.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None,
+                 **self._look_at_resource(ident)} for ident in self.all_ids()]
         for run in runs:
             for ident in run['ids']:
                 row = next((row for row in rows if (row['kind'], row['id']) == (run['kind'], ident)), None)

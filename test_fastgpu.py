@@ -1452,7 +1452,8 @@ def test_status_of_an_empty_queue(gpus, queue):
         'path': str(queue.path), 'host': os.uname().nodename, 'poller': False, 'counts': dict.fromkeys(FOLDERS, 0),
         'elsewhere': [], 'next': [], 'failed': [], 'seconds_left': None,
         'resources': [{'kind': 'gpu', 'id': number, 'state': 'free', 'reason': None, 'model': 'NVIDIA H100',
-                       'memory_used': 500, 'memory_total': 81920} for number in range(2)]}
+                       'memory_used': 500, 'memory_total': 81920, 'script': None, 'user': None, 'seconds': None}
+                      for number in range(2)]}
     assert text == ('gpu 0  NVIDIA H100  0.5 of 80.0 GiB  free\n'
                     'gpu 1  NVIDIA H100  0.5 of 80.0 GiB  free\n'
                     'to_run 0 · running 0 · complete 0 · fail 0 · no poller is alive on ' + os.uname().nodename + '\n')
@@ -1648,10 +1649,6 @@ NODES = ['srun', '--nodes=3', '--ntasks-per-node=1']
 STEP = 'srun --ntasks=1 --gpus=1'
 
 
-def no_steps():
-    return not subprocess.run(['squeue', '-h'], capture_output=True, check=True).stdout
-
-
 @slurm
 def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
     for number in range(60):
@@ -1723,7 +1720,8 @@ def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back
                          capture_output=True, text=True).stdout.strip()
     until(lambda: len([number for number in range(6) if queue.has_out(f'{number}.sh.stdout')]) == 3)
     subprocess.run(['scancel', '--signal=TERM', job], check=True)  # what --signal=TERM@60 has Slurm do
-    until(no_steps)
+    until(lambda: not subprocess.run(['squeue', '-h', '-j', job, '--states', 'PD,R,CG'],
+                                     capture_output=True, text=True).stdout.strip())
     assert Counter(queue.all().values()) == {'to_run': 6}, (queue.path / 'batch.log').read_text()
     (queue.path / 'again').touch()
     assert queue.poll(command=(*NODES, sys.executable, str(MODULE)))[0] == 0
