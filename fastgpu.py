@@ -463,18 +463,6 @@ def runs_shim(pid: object, exitcode: StrPath) -> bool:
         return False
 
 
-class Run:
-    """A script in running/ on this host: one that this poller started, or one that it found there."""
-
-    def __init__(self, name: str, ids: Sequence[Any] = (), fd: int = -1, record: dict[str, Any] | None = None) -> None:
-        self.name, self.record = name, record or {}
-        self.ids, self.fd = ids, fd  # what we hold for it: its resources, and its record
-        self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
-        self.pidfd: int | None = None
-        self.status: int | None = None  # how it ended, for where the shim could not write that
-        self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
-
-
 def session_groups(leader: int) -> set[int]:
     """Return the process groups in the session of `leader` (proc(5), stat): timeout(1) and `set -m` make their own."""
     groups = {leader}
@@ -522,7 +510,239 @@ def missing_interpreter(script: Path) -> str:
     return f'its interpreter {os.fsdecode(interpreter)} does not exist'
 
 
-# --- Pools: who may run what, and the life of a script --------------------------------------------------------------
+class Queue:
+    """The folders of a queue, as this host sees them, and where in them the files of a run are."""
+
+    def __init__(self, path: StrPath, only_look: bool = False) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.host = os.uname().nodename
+        folders = queue_folders(self.path)
+        if not only_look:
+            setup_dirs(self.path)
+            check_dirs(self.path, folders)
+        elif not os.path.isdir(folders[0]):
+            raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
+        self.to_run, self.running, self.complete, self.fail, self.out = folders
+        self.alive = self.path / f'.{self.host}.poller'  # a lock that every poller of this host shares
+
+    def out_file(self, name: str, kind: str) -> str:
+        """Return the file of that `kind` in out/ of the run `name`."""
+        return f'{self.out}/{name}.{kind}'
+
+    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
+        """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone.
+
+        Raises FastgpuError where that can never be done, OSError where it cannot now.
+        """
+        for n in itertools.count():
+            name = numbered(script, n)
+            too_long = len(os.fsencode(name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
+            if too_long > 0:
+                raise FastgpuError(f'its name is too long, by {too_long} bytes')
+            if any(map(os.path.lexists, [*(f'{folder}/{name}' for folder in (self.running, self.complete, self.fail)),
+                                         *(self.out_file(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))])):
+                continue
+            path = self.out_file(name, 'json')
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                continue
+            run = Run(self, name, ids, fd, {'script': script, 'host': self.host, 'kind': kind, 'ids': ids,
+                                            'started': round(time.time(), 3)})
+            try:
+                # From the rename on, a name in running/ whose record is not locked has no owner.
+                if not lock_fd(fd, path):
+                    os.close(fd)  # another poller just took it for the record of a crashed one
+                    continue
+                run.save()
+                os.rename(f'{self.to_run}/{script}', run.path)
+            except BaseException as error:
+                claimed = os.path.lexists(run.path)
+                # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
+                if not (claimed and isinstance(error, FileNotFoundError)):
+                    if not claimed:
+                        os.unlink(path)
+                    os.close(fd)
+                    if isinstance(error, FileNotFoundError) and not os.path.lexists(f'{self.to_run}/{script}'):
+                        return None
+                    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
+                        raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
+                    raise
+            return run
+        raise AssertionError('unreachable')
+
+    def remove_strays(self) -> None:
+        """Remove the records of runs that never were: their poller died between the record and the rename."""
+        names = set(os.listdir(self.out))
+        for file in sorted(names):
+            name, suffix = os.path.splitext(file)
+            if suffix != '.json' or name + '.stdout' in names:
+                continue
+            run = Run(self, name)
+            try:
+                run.open_record()
+            except OSError:
+                continue  # none of ours, or gone
+            with contextlib.suppress(OSError):
+                ours = run.record or os.fstat(run.fd).st_size == 0  # others may keep their JSON files there
+                if (ours and not run.record.keys() & {'pid', 'finished'} and run.host() == self.host
+                        and lock_fd(run.fd, run.out('json'))
+                        and not run.was_started() and not os.path.lexists(run.path)):
+                    os.unlink(run.out('json'))
+            run.close_record()
+
+
+class Run:
+    """A script in running/ on this host: one that this poller started, or one that it found there."""
+
+    def __init__(self, queue: Queue, name: str, ids: Sequence[Any] = (), fd: int = -1,
+                 record: dict[str, Any] | None = None) -> None:
+        self.queue, self.name, self.record = queue, name, record or {}
+        self.path = f'{queue.running}/{name}'
+        self.ids, self.fd = ids, fd  # what we hold for it: its resources, and its record
+        self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
+        self.pidfd: int | None = None
+        self.status: int | None = None  # how it ended, for where the shim could not write that
+        self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
+
+    # Its files.
+
+    @property
+    def script(self) -> str:
+        """The name it had in to_run, and will have if it goes back there."""
+        return str(self.record.get('script', self.name))
+
+    def out(self, kind: str) -> str:
+        """Return its file of that `kind` in out/."""
+        return self.queue.out_file(self.name, kind)
+
+    def open_record(self) -> None:
+        """Open the record of a run that is not ours, and read it. Raises OSError."""
+        self.fd = os.open(self.out('json'), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        self.record = read_record(self.fd)
+
+    def close_record(self) -> None:
+        """Close it, and with that give the lock on it back, if that is ours alone."""
+        os.close(self.fd)
+        self.fd = -1
+
+    def save(self) -> None:
+        """Write what we know of the run to its record. Raises OSError."""
+        text = json.dumps(self.record, default=str)
+        if self.fd >= 0:
+            write_all(self.fd, text)
+        else:
+            with open(self.out('json'), 'r+b', 0) as file:
+                write_all(file.fileno(), text)
+
+    def host(self) -> str:
+        """Return the host of a run whose record is open, or '' while that may still be on its way here.
+
+        A record stays empty where its poller, or the power, died between two system calls. After a minute (file
+        servers and caches take at most half of one) it is taken for such a one, and for ours.
+        """
+        old = time.time() - os.fstat(self.fd).st_mtime > 60
+        return str(self.record.get('host') or (self.queue.host if old else ''))
+
+    def was_started(self) -> bool:
+        """Return whether it wrote anything, by which it is known even without a pid in its record."""
+        sizes = [os.stat(self.out(kind)).st_size for kind in ('stdout', 'stderr') if os.path.exists(self.out(kind))]
+        return any(sizes) or os.path.lexists(self.out('exitcode'))
+
+    def exit_code(self) -> tuple[int | None, float]:
+        """Return its exit status and the time it ended, or None and now.
+
+        An empty file is none: the shim makes the file and then writes to it.
+        """
+        try:
+            with open(self.out('exitcode'), 'rb') as file:
+                finished = os.fstat(file.fileno()).st_mtime
+                text = file.read(8)
+        except FileNotFoundError:
+            return None, time.time()
+        return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None, finished
+
+    def taken_out(self) -> bool:
+        """Return whether it is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
+        try:
+            os.lstat(self.path)
+        except FileNotFoundError:
+            return os.path.isdir(self.queue.running)
+        except OSError:
+            pass
+        return False
+
+    # Its processes.
+
+    def launch(self, command: Sequence[str], locks: Iterable[int], environment: dict[str, str]) -> None:
+        """Start `command` under a shim that inherits our descriptors `locks`.
+
+        Where that fails, raises OSError with the script back in to_run and no traces left.
+        """
+        files: list[int] = []
+        try:
+            for kind in ('stdout', 'stderr'):
+                files.append(os.open(self.out(kind), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666))
+            self.process = subprocess.Popen(
+                ['/bin/sh', '-c', SHIM, 'fastgpu', self.out('exitcode'), *command], stdin=subprocess.DEVNULL,
+                stdout=files[0], stderr=files[1], start_new_session=True, pass_fds=(self.fd, *locks), env=environment)
+        except BaseException as error:
+            try:
+                if isinstance(error, OSError):  # nothing was started; of a KeyboardInterrupt that cannot be said
+                    self.unclaim()
+            finally:
+                self.close_record()  # what could not be undone is for the next settle
+            raise
+        finally:
+            for fd in files:
+                os.close(fd)
+        self.record['pid'] = self.process.pid
+        with contextlib.suppress(OSError):  # a full disk: while we live, we know it
+            self.save()
+
+    def unclaim(self) -> None:
+        """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
+        for kind in ('stdout', 'stderr'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.out(kind))
+        with contextlib.suppress(FileNotFoundError):
+            safe_rename(self.path, self.queue.to_run, self.script)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.out('json'))
+
+    def shim(self) -> int | None:
+        """Return the pid of its shim, which is the id of its session, or None if it is not alive."""
+        if self.process:
+            return self.process.pid if self.process.returncode is None else None
+        pid = self.record.get('pid')
+        return pid if isinstance(pid, int) and runs_shim(pid, self.out('exitcode')) else None
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to its session, if its shim is alive, so that the session is still its own."""
+        pid = self.shim()
+        for group in session_groups(pid) if pid else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signum)
+
+    def terminate(self, why: str) -> None:
+        """Send it TERM, and KILL after the grace period (see `kill`); its record says `why`."""
+        self.kill_at = time.monotonic() + GRACE
+        self.record[why] = True
+        with contextlib.suppress(OSError):
+            self.save()  # first: whoever settles it then knows
+        self.signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill what is left of a run that got TERM, if its script has ended or its grace period has."""
+        ended = None
+        if self.process and self.process.returncode is None:
+            with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
+                ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if self.kill_at is not None and (ended or time.monotonic() >= self.kill_at):
+            self.signal(signal.SIGKILL)
+
+
+# --- Pools: who may run what, and when ------------------------------------------------------------------------------
 
 class ResourcePoolBase:
     """Runs the scripts of the queue in the folder `path`, each on one of the resources that `all_ids` names.
@@ -538,15 +758,8 @@ class ResourcePoolBase:
         while fd <= 2:  # a lock in the place of a closed stdin would not be inherited
             fd = os.open(os.devnull, os.O_RDWR)
         os.close(fd)
-        self.path = Path(os.path.abspath(path))
-        folders = queue_folders(self.path)
-        if not only_look:
-            setup_dirs(self.path)
-            check_dirs(self.path, folders)
-        elif not os.path.isdir(folders[0]):
-            raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
-        self.to_run, self.running, self.complete, self.fail, self.out = folders
-        self.host = os.uname().nodename
+        self.queue = Queue(path, only_look)
+        self.path, self.host = self.queue.path, self.queue.host
         self.wrapper: list[str] = []  # words to put in front of each script's path
         self.completed: list[str] = []  # the runs that this pool filed, by name
         self.failed: list[str] = []
@@ -564,11 +777,10 @@ class ResourcePoolBase:
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
         self._many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
-        self._alive = self.path / f'.{self.host}.poller'  # a lock that every poller of this host shares
         self._began = time.time()
         self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
-        self._queue = Listing(self.to_run)
-        self._waiting = False  # whether something in it waits for a moment
+        self._scripts = Listing(self.queue.to_run)
+        self._waiting = False  # whether one of them waits for a moment
         self._collected_at = 0.0
         self._signals: list[int] = []
         self._stop_at: float | None = None
@@ -726,99 +938,26 @@ class ResourcePoolBase:
             for ident in ids:
                 if ident not in self._locks and not self.lock(ident):
                     raise FastgpuError(f'{self.kind} {ident} {self._reasons[ident]}')
-            run = self._claim(os.path.basename(script), ids)
+            run = self.queue.claim(os.path.basename(script), self.kind, ids)
             if run:
-                self._launch(run)
+                self._launch(run, [*self.wrapper, run.path])
         finally:
             if not (run and run.process):
                 self._drop(ids)
         return run
 
-    def _claim(self, script: str, ids: Sequence[Any]) -> Run | None:
-        """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone."""
-        for n in itertools.count():
-            name = numbered(script, n)
-            too_long = len(os.fsencode(name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
-            if too_long > 0:
-                raise FastgpuError(f'its name is too long, by {too_long} bytes')
-            if any(map(os.path.lexists, [*(f'{folder}/{name}' for folder in (self.running, self.complete, self.fail)),
-                                         *(self._out(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))])):
-                continue
-            path = self._out(name, 'json')
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                continue
-            record = {'script': script, 'host': self.host, 'kind': self.kind, 'ids': ids,
-                      'started': round(time.time(), 3)}
-            try:
-                # From the rename on, a name in running/ whose record is not locked has no owner.
-                if not lock_fd(fd, path):
-                    os.close(fd)  # another poller just took it for the record of a crashed one
-                    continue
-                write_all(fd, json.dumps(record, default=str))
-                os.rename(f'{self.to_run}/{script}', f'{self.running}/{name}')
-            except BaseException as error:
-                claimed = os.path.lexists(f'{self.running}/{name}')
-                # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
-                if not (claimed and isinstance(error, FileNotFoundError)):
-                    if not claimed:
-                        os.unlink(path)
-                    os.close(fd)
-                    if isinstance(error, FileNotFoundError) and not os.path.lexists(self.to_run / script):
-                        return None
-                    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
-                        raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
-                    raise
-            return Run(name, ids, fd, record)
-        raise AssertionError('unreachable')
-
-    def _launch(self, run: Run, command: Sequence[str] = ()) -> None:
-        """Start a claimed run, or `command` in its place.
-
-        Where that fails, raises OSError with the script back in to_run and no traces left.
-        """
-        files: list[int] = []
-        try:
-            for kind in ('stdout', 'stderr'):
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-                files.append(os.open(self._out(run.name, kind), flags, 0o666))
-            run.process = subprocess.Popen(
-                ['/bin/sh', '-c', SHIM, 'fastgpu', self._out(run.name, 'exitcode'),
-                 *(command or [*self.wrapper, f'{self.running}/{run.name}'])],
-                stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], start_new_session=True,
-                pass_fds=(run.fd, *(fd for ident in run.ids for fd in self._locks[ident])),
-                env={'PYTHONUNBUFFERED': '1', **os.environ, **self.environment(*run.ids)})
-        except BaseException as error:
-            try:
-                if isinstance(error, OSError):  # nothing was started; of a KeyboardInterrupt that cannot be said
-                    self._unclaim(run.name, run.record['script'])
-            finally:
-                os.close(run.fd)  # what could not be undone is for `_collect_other`
-            raise
-        finally:
-            for fd in files:
-                os.close(fd)
+    def _launch(self, run: Run, command: Sequence[str]) -> None:
+        """Start a claimed run, and take it up."""
+        locks = [fd for ident in run.ids for fd in self._locks[ident]]
+        run.launch(command, locks, {'PYTHONUNBUFFERED': '1', **os.environ, **self.environment(*run.ids)})
         self._runs[run.name] = run
-        run.record['pid'] = run.process.pid
-        with contextlib.suppress(OSError):  # a full disk: nothing but a message depends on these two
-            self._write_record(run)
+        with contextlib.suppress(OSError):
+            note = f'runs {run.name} of user {os.getuid()} (pid {run.record["pid"]}, {self.path})'
             for ident in run.ids:
-                write_all(self._locks[ident][0], shown(
-                    f'runs {run.name} of user {os.getuid()} (pid {run.process.pid}, {self.path})'))
+                write_all(self._locks[ident][0], shown(note))
         with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
-            run.pidfd = os.pidfd_open(run.process.pid)
+            run.pidfd = os.pidfd_open(run.record['pid'])
             self._poller.register(run.pidfd, select.POLLIN)
-
-    def _unclaim(self, name: str, script: str) -> None:
-        """Undo the claim of a run that was never started, so that nothing of it is left."""
-        for kind in ('stdout', 'stderr'):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._out(name, kind))
-        for step in (lambda: safe_rename(self.running / name, self.to_run, script),
-                     lambda: os.unlink(self._out(name, 'json'))):
-            with contextlib.suppress(FileNotFoundError):
-                step()
 
     def _settle(self, run: Run) -> bool:
         """File a run that has ended, and whose record we hold, by what it left in out/.
@@ -826,43 +965,45 @@ class ResourcePoolBase:
         Each step can be repeated: a crash between two leaves what the next settle completes. Returns whether the run
         is filed; where it is not (a full disk), says why, once, and is to be called again.
         """
-        name, record = run.name, run.record
-        script = record.get('script', name)
+        name, record, queue = shown(run.name), run.record, self.queue
         where = self._where(record.get('ids', '?'))
         try:
-            if run.status is None and 'pid' not in record and not self._was_started(name):
-                self._unclaim(name, script)
-                log(f'{where}: requeue {shown(name)} (was not started)')
+            if run.status is None and 'pid' not in record and not run.was_started():
+                run.unclaim()
+                log(f'{where}: requeue {name} (was not started)')
                 return True
-            code, finished = self._exit_code(name)
+            code, finished = run.exit_code()
             if code is None and run.status is not None:
-                Path(self._out(name, 'exitcode')).write_text(str(run.status))
+                Path(run.out('exitcode')).write_text(str(run.status))
                 code = run.status
             if 'finished' not in record:
                 record.update(finished=round(finished, 3), exitcode=code)
-                self._write_record(run)
+                run.save()
             # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
-            unknown = code is None and os.path.lexists(self._out(name, 'exitcode'))
+            unknown = code is None and os.path.lexists(run.out('exitcode'))
             how = f'({"status unknown, the disk was full" if unknown else describe(code)}, ' \
                   f'{duration(finished - record.get("started", finished))})'
-            script_path = f'{self.running}/{name}'
-            if not os.path.lexists(script_path):
-                self._note_elsewhere(name, record, f'{where}: %s {shown(name)} {how}')
+            if not os.path.lexists(run.path):  # cancelled by a person, or filed by another poller
+                if record.get('cancelled'):
+                    log(f'{where}: cancelled {name} {how}')
+                elif os.path.lexists(queue.fail / run.name):
+                    self._count(self.failed, run, finished)
+                elif os.path.lexists(queue.complete / run.name):
+                    self._count(self.completed, run, finished)
             elif code == 0:
-                safe_rename(script_path, self.complete)
+                safe_rename(run.path, queue.complete)
                 self._count(self.completed, run, finished)
-                log(f'{where}: complete {shown(name)} {how}')
+                log(f'{where}: complete {name} {how}')
             elif record.get('stopped') or (code is None and not unknown):
-                path = safe_rename(script_path, self.to_run, script)
-                log(f'{where}: requeue {shown(name)}' + f' as {shown(path.name)}' * (path.name != name) + f' {how}')
+                path = safe_rename(run.path, queue.to_run, run.script)
+                log(f'{where}: requeue {name}' + f' as {shown(path.name)}' * (path.name != run.name) + f' {how}')
             else:
-                path = safe_rename(script_path, self.fail)
+                path = safe_rename(run.path, queue.fail)
                 self._count(self.failed, run, finished)
-                stderr = self._out(name, 'stderr')
-                reason = missing_interpreter(path) if code == 127 else last_line(stderr)
-                log(f'{where}: fail {shown(name)} {how}: {remark(reason, stderr)}', alarm=True)
+                reason = missing_interpreter(path) if code == 127 else last_line(run.out('stderr'))
+                log(f'{where}: fail {name} {how}: {remark(reason, run.out("stderr"))}', alarm=True)
         except OSError as error:
-            self._say(name, f'cannot file {shown(name)} now: {explain(error)}; trying again')
+            self._say(run.name, f'cannot file {name} now: {explain(error)}; trying again')
             with contextlib.suppress(OSError):
                 setup_dirs(self.path)  # one of them may be gone
             return False
@@ -874,53 +1015,9 @@ class ResourcePoolBase:
         began = max(run.record.get('started', finished), self._began)
         self.busy_seconds += max(0.0, finished - began) * len(run.record.get('ids', [0]))
 
-    def _write_record(self, run: Run) -> None:
-        """Write what we know of a run to its record. Raises OSError."""
-        write_all(run.fd, json.dumps(run.record, default=str))
-
-    def _note_elsewhere(self, name: str, record: dict[str, Any], text: str) -> None:
-        """Log how a run ended that is no longer in running/: cancelled by a person, or filed by another poller."""
-        if record.get('cancelled'):
-            log(text % 'cancelled')
-        elif os.path.lexists(self.fail / name):
-            self.failed.append(name)
-        elif os.path.lexists(self.complete / name):
-            self.completed.append(name)
-
     def _where(self, ids: Iterable[Any]) -> str:
         """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
         return shown(f'{self.host} ' * self._many_hosts + f'{self.kind} {",".join(map(str, ids)) or "-"}')
-
-    def _out(self, name: str, kind: str) -> str:
-        """Return the file of that `kind` in out/ of the run `name`."""
-        return f'{self.out}/{name}.{kind}'
-
-    def _was_started(self, name: str) -> bool:
-        """Return whether the run `name` wrote anything, by which it is known even without a pid in its record."""
-        sizes = [os.stat(self._out(name, kind)).st_size for kind in ('stdout', 'stderr')
-                 if os.path.exists(self._out(name, kind))]
-        return any(sizes) or os.path.lexists(self._out(name, 'exitcode'))
-
-    def _host(self, fd: int, record: dict[str, Any]) -> str:
-        """Return the host of the run with that `record`, open in `fd`, or '' while that may still be on its way here.
-
-        A record stays empty where its poller, or the power, died between two system calls. After a minute (file
-        servers and caches take at most half of one) it is taken for such a one, and for ours.
-        """
-        return str(record.get('host') or (self.host if time.time() - os.fstat(fd).st_mtime > 60 else ''))
-
-    def _exit_code(self, name: str) -> tuple[int | None, float]:
-        """Return the exit status of the run `name` and the time it ended, or None and now.
-
-        An empty file is none: the shim makes the file and then writes to it.
-        """
-        try:
-            with open(self._out(name, 'exitcode'), 'rb') as file:
-                finished = os.fstat(file.fileno()).st_mtime
-                text = file.read(8)
-        except FileNotFoundError:
-            return None, time.time()
-        return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None, finished
 
     # Polling.
 
@@ -935,7 +1032,7 @@ class ResourcePoolBase:
         Raises OSError where the queue cannot be read.
         """
         self._began = time.time()
-        self._remove_strays()
+        self.queue.remove_strays()
         with self._announced():
             self._poll(poll_interval, exit_when_empty)
         return self._sum_up(time.time() - self._began)
@@ -945,7 +1042,7 @@ class ResourcePoolBase:
         """Let `status` know that a poller is alive, by a lock that pollers share; clear the terminal afterwards."""
         fd = None
         with contextlib.suppress(OSError):
-            fd = open_lock(self._alive)
+            fd = open_lock(self.queue.alive)
             fcntl.flock(fd, fcntl.LOCK_SH)
         try:
             yield
@@ -965,7 +1062,7 @@ class ResourcePoolBase:
                 self._collect(others=True)
             idle = look and not self._runs
             if idle:
-                self._queue.expire()
+                self._scripts.expire()
             # No resource waits for us: the next scripts start, under the same locks, before those that ended are filed.
             self._release()
             left = not self._signals and self._start()
@@ -1009,9 +1106,9 @@ class ResourcePoolBase:
             try:
                 if not self._start_one(name):
                     return True
-                self._queue.names.pop()
+                self._scripts.names.pop()
             except FastgpuError as error:
-                self._unfit[name] = str(error), file_mark(self.to_run / name)
+                self._unfit[name] = str(error), file_mark(self.queue.to_run / name)
             except OSError as error:
                 self._say('start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
                 self._start_at = time.monotonic() + LOOK_AROUND
@@ -1019,22 +1116,22 @@ class ResourcePoolBase:
 
     def _next_script(self) -> str | None:
         """Return the name of the first script in to_run that can start, None where there is none."""
-        if not (self._queue.names and self._spare) and self._queue.update():  # not while a resource waits for us
+        if not (self._scripts.names and self._spare) and self._scripts.update():  # not while a resource waits for us
             self._waiting = False
-        while self._queue.names:
-            name = self._queue.names[-1]
-            reason = condition(f'{self.to_run}/{name}') or self._why_unfit(name)
+        while self._scripts.names:
+            name = self._scripts.names[-1]
+            reason = condition(f'{self.queue.to_run}/{name}') or self._why_unfit(name)
             # A person who moves a running script back to to_run ends that run, and it starts anew when that has ended.
-            ending = any(name in (run.name, run.record.get('script')) and (run.kill_at or self._taken_out(run))
+            ending = any(name in (run.name, run.record.get('script')) and (run.kill_at or run.taken_out())
                          for run in self._runs.values())
             if not reason and not ending:
                 return name
-            self._queue.names.pop()
-            self._queue.again |= reason != 'ignored'
+            self._scripts.names.pop()
+            self._scripts.again |= reason != 'ignored'
             if not reason or reason == 'just written':
                 self._waiting = True
             elif reason != 'ignored':
-                path = shown(near(self.to_run / name))
+                path = shown(near(self.queue.to_run / name))
                 self._say(name, f'{path} waits for its chmod +x' if reason == 'not executable' else
                           f'{path} cannot run: {reason}')
         return None
@@ -1043,11 +1140,11 @@ class ResourcePoolBase:
         """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
         if not self._worth_asking():
             return False
-        number = self.demand(self.to_run / name)
+        number = self.demand(self.queue.to_run / name)
         most = len(set(map(self.distinct, self.all_ids())))
         if number > most:
             reason = f'{shown(name)} asks for {number} {self.kind}s, and there {"are" if most != 1 else "is"} {most}'
-            run = self._claim(name, ())
+            run = self.queue.claim(name, self.kind, ())
             if run:
                 log(reason)
                 self._launch(run, ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', reason])
@@ -1072,22 +1169,21 @@ class ResourcePoolBase:
     def _why_unfit(self, name: str) -> str:
         """Return why the script `name` of to_run can never start, '' where nothing is known or the file is another."""
         reason, mark = self._unfit.get(name, ('', ()))
-        return reason if reason and mark == file_mark(self.to_run / name) else ''
+        return reason if reason and mark == file_mark(self.queue.to_run / name) else ''
 
     def _find_others(self) -> None:
         """Take up the runs in running/ that are not ours; `_collect` files them when they have ended."""
         self._elsewhere.clear()
-        for name in sorted(os.listdir(self.running)):
+        for name in sorted(os.listdir(self.queue.running)):
             if name not in self._runs and name[0] != '.':
-                self._runs[name] = Run(name)
+                self._runs[name] = Run(self.queue, name)
 
     def _release(self) -> None:
         """Take what those scripts of ours held that have ended."""
         for run in self._runs.values():
             if not run.process or run.process.returncode is not None:
                 continue
-            if run.kill_at is not None:
-                self._kill(run)
+            run.kill()
             code = run.process.poll()
             if code is None:
                 continue
@@ -1109,8 +1205,8 @@ class ResourcePoolBase:
         for run in list(self._runs.values()):
             if not run.process and not others:
                 continue
-            if run.kill_at is not None and not run.process:
-                self._kill(run)
+            if not run.process:
+                run.kill()
             try:
                 done = self._collect_ours(run, run.process) if run.process else self._collect_other(run)
             except OSError as error:
@@ -1118,26 +1214,16 @@ class ResourcePoolBase:
                 done = not run.process
             if done:
                 del self._runs[run.name]
-            elif (run.kill_at is None and self._taken_out(run) and self._shim(run)
-                    and self._exit_code(run.name)[0] is None):
+            elif (run.kill_at is None and run.taken_out() and run.shim()
+                    and run.exit_code()[0] is None):
                 log(f'{self._where(run.record.get("ids", "?"))}: cancel {shown(run.name)}, taken out of running')
-                self._terminate(run, 'cancelled')
+                run.terminate('cancelled')
 
     def _keep_up(self) -> None:
         """File the runs that have ended, if it took long since we looked: a driver can take seconds for an answer."""
         if time.monotonic() > self._collected_at + 0.1:
             self._release()
             self._collect()
-
-    def _taken_out(self, run: Run) -> bool:
-        """Return whether a run is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
-        try:
-            os.lstat(self.running / run.name)
-        except FileNotFoundError:
-            return os.path.isdir(self.running)
-        except OSError:
-            pass
-        return False
 
     def _collect_ours(self, run: Run, process: subprocess.Popen[bytes]) -> bool:
         """Settle a run that we started, if its shim has ended; return whether it is filed."""
@@ -1154,18 +1240,18 @@ class ResourcePoolBase:
             run.process, run.fd = None, -1
             self._look_at = 0.0
             return False
-        if code == NOT_STARTED and not os.path.lexists(self._out(run.name, 'exitcode')) \
-                and os.stat(self._out(run.name, 'stdout')).st_size == 0:
+        # Its stderr has what the shell said; a script that could end so itself would have an exit code.
+        if code == NOT_STARTED and not os.path.lexists(run.out('exitcode')) and not os.stat(run.out('stdout')).st_size:
             self._say('start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
             self._start_at = time.monotonic() + LOOK_AROUND
-            self._unclaim(run.name, run.record['script'])
+            run.unclaim()
             filed = True
         else:
             run.status = code
             self._cuts.pop(run.record['script'], None)
             if code and not run.record.keys() & {'cancelled', 'finished'}:
                 # Slurm, or a box that shuts down, sends TERM to all processes at once: to this script, and to us.
-                age = time.time() - self._exit_code(run.name)[1]
+                age = time.time() - run.exit_code()[1]
                 if code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5:
                     return False
                 if self._stopping() and age < 1:
@@ -1177,87 +1263,30 @@ class ResourcePoolBase:
 
     def _collect_other(self, run: Run) -> bool:
         """Settle a run that we found, if it has ended; return whether there is nothing more to do for us."""
-        name, path = run.name, self._out(run.name, 'json')
-        requeue = mv_command(self.running / name, self.to_run)
+        requeue = mv_command(run.path, self.queue.to_run)
         try:
-            run.fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            run.open_record()
         except FileNotFoundError:
-            if os.path.lexists(self.running / name):
-                self._say(name, f'{shown(self.running / name)} has no record in out; if nothing runs it: {requeue}')
+            if os.path.lexists(run.path):
+                self._say(run.name, f'{shown(run.path)} has no record in out; if nothing runs it: {requeue}')
             return True
         try:
-            run.record = read_record(run.fd)
-            host = self._host(run.fd, run.record)
+            host = run.host()
             if host != self.host:
                 if host:
                     self._many_hosts = True
-                    self._elsewhere[name] = f'{shown(name)} runs on {shown(host)}; if that host is gone: {requeue}'
+                    self._elsewhere[run.name] = (
+                        f'{shown(run.name)} runs on {shown(host)}; if that host is gone: {requeue}')
                 return True
-            code, finished = self._exit_code(name)
+            code, finished = run.exit_code()
             overdue = code is not None and time.time() - finished > OVERDUE
             # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
-            if overdue or (lock_fd(run.fd, path) and (code is not None or not self._shim(run))):
-                gone = not os.path.lexists(self.running / name) and not run.record.get('cancelled')
+            if overdue or (lock_fd(run.fd, run.out('json')) and (code is not None or not run.shim())):
+                gone = not os.path.lexists(run.path) and not run.record.get('cancelled')
                 return gone or self._settle(run)
             return False
         finally:
-            os.close(run.fd)
-            run.fd = -1
-
-    def _shim(self, run: Run) -> int | None:
-        """Return the pid of the shim of a run, which is the id of its process group, or None if it is not alive."""
-        if run.process:
-            return run.process.pid if run.process.returncode is None else None
-        pid = run.record.get('pid')
-        return pid if isinstance(pid, int) and runs_shim(pid, self._out(run.name, 'exitcode')) else None
-
-    def _signal(self, run: Run, signum: int) -> None:
-        """Send a signal to the session of a run, if its shim is alive, so that the session is still its own."""
-        pid = self._shim(run)
-        for group in session_groups(pid) if pid else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signum)
-
-    def _terminate(self, run: Run, why: str) -> None:
-        """Send TERM to a run, and KILL after the grace period (see `_kill`); its record says `why`."""
-        run.kill_at = time.monotonic() + GRACE
-        run.record[why] = True  # on disk first: whoever settles it then knows
-        with contextlib.suppress(OSError):
-            if run.process:
-                self._write_record(run)
-            else:
-                with open(self._out(run.name, 'json'), 'r+b', 0) as file:
-                    write_all(file.fileno(), json.dumps(run.record, default=str))
-        self._signal(run, signal.SIGTERM)
-
-    def _kill(self, run: Run) -> None:
-        """Kill what is left of a run that got TERM, if its script has ended or its grace period has."""
-        ended = None
-        if run.process and run.process.returncode is None:
-            with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
-                ended = os.waitid(os.P_PID, run.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended or time.monotonic() >= (run.kill_at or 0):
-            self._signal(run, signal.SIGKILL)
-
-    def _remove_strays(self) -> None:
-        """Remove the records of runs that never were: their poller died between the record and the rename."""
-        names = set(os.listdir(self.out))
-        for file in sorted(names):
-            name, suffix = os.path.splitext(file)
-            if suffix != '.json' or name + '.stdout' in names:
-                continue
-            try:
-                fd = os.open(self.out / file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-            except OSError:
-                continue  # none of ours, or gone
-            with contextlib.suppress(OSError):
-                record = read_record(fd)
-                ours = record or os.fstat(fd).st_size == 0  # others may keep their JSON files there
-                if (ours and not record.keys() & {'pid', 'finished'} and self._host(fd, record) == self.host
-                        and lock_fd(fd, self.out / file)
-                        and not self._was_started(name) and not os.path.lexists(self.running / name)):
-                    os.unlink(self.out / file)
-            os.close(fd)
+            run.close_record()
 
     def _stopping(self) -> bool:
         """Return whether scripts are to be stopped, not only no more to be started."""
@@ -1276,8 +1305,8 @@ class ResourcePoolBase:
             if alive:
                 log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
         for run in alive:
-            if run.kill_at is None and self._exit_code(run.name)[0] is None:
-                self._terminate(run, 'stopped')
+            if run.kill_at is None and run.exit_code()[0] is None:
+                run.terminate('stopped')
         killed = [run for run in self._runs.values() if not run.process and run.kill_at is not None]
         if killed:
             self._look_at = 0.0
@@ -1292,7 +1321,7 @@ class ResourcePoolBase:
 
     def _sum_up(self, seconds: float) -> int:
         """Log what was done and what was left; return the exit status."""
-        left = {name: reason for name, reason in conditions(self.to_run) if reason != 'ignored'}
+        left = {name: reason for name, reason in conditions(self.queue.to_run) if reason != 'ignored'}
         if not self._signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or self._why_unfit(name) or "new"})')
@@ -1302,7 +1331,7 @@ class ResourcePoolBase:
                 f'{len(self.completed)} complete, {len(self.failed)} fail'
                 + f', {len(left)} left in to_run' * bool(left))
         else:
-            log(f'nothing to run in {shown(self.to_run)}')
+            log(f'nothing to run in {shown(self.queue.to_run)}')
         if done:
             share = min(1.0, self.busy_seconds / max(0.001, seconds) / len(list(self.all_ids())))
             log(f'{self.busy_seconds / 3600:.1f} {self.kind} hours used, {self.kind}s busy {share:.0%} of the time')
@@ -1318,7 +1347,7 @@ class ResourcePoolBase:
 
     def _progress(self) -> str:
         """Return in one line how far this poller is."""
-        done, waiting, running = len(self.completed) + len(self.failed), len(self._queue.names), len(self._runs)
+        done, waiting, running = len(self.completed) + len(self.failed), len(self._scripts.names), len(self._runs)
         text = f'{done}/{done + running + waiting} done, {len(self.failed)} failed, {running} running'
         if done and running:
             text += f', {duration(time_left(self.busy_seconds / done, waiting, running))} left'
@@ -1330,7 +1359,7 @@ class ResourcePoolBase:
         Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
         """
         waiting, running, complete, fail = (Listing(folder) for folder in (
-            self.to_run, self.running, self.complete, self.fail))
+            self.queue.to_run, self.queue.running, self.queue.complete, self.queue.fail))
         for listing in (waiting, running, complete, fail):
             listing.update()
         runs = [self._look_at_run(name) for name in reversed(running.names)]
@@ -1340,22 +1369,22 @@ class ResourcePoolBase:
         records = [self._look_at_run(name) for name in ended[::len(ended) // 100 + 1]]
         seconds = [record['seconds'] for record in records if record['seconds'] is not None]
         left = time_left(sum(seconds) / len(seconds), waiting.number, len(runs) or len(resources)) if seconds else None
-        last = sorted(fail.names, key=lambda name: file_mark(self.fail / name)[2:], reverse=True)[:3]
+        last = sorted(fail.names, key=lambda name: file_mark(self.queue.fail / name)[2:], reverse=True)[:3]
         return {
-            'path': str(self.path), 'host': self.host, 'poller': is_held(self._alive), 'resources': resources,
+            'path': str(self.path), 'host': self.host, 'poller': is_held(self.queue.alive), 'resources': resources,
             'elsewhere': [run for run in runs if run['host'] != self.host],
             'counts': {'to_run': waiting.number, 'running': running.number, 'complete': complete.number,
                        'fail': fail.number},
             'next': waiting.names[:-4:-1],
-            'failed': [{'script': name, 'stderr': self._out(name, 'stderr'),
-                        'last_line': last_line(self._out(name, 'stderr'))} for name in last],
+            'failed': [{'script': name, 'stderr': path, 'last_line': last_line(path)}
+                       for name in last for path in [self.queue.out_file(name, 'stderr')]],
             'seconds_left': None if left is None or not (waiting.number or runs) else round(left, 1)}
 
     def _look_at_run(self, name: str) -> dict[str, Any]:
         """Return what the record of the run `name` says, and how long it took or has taken."""
         record, user = {}, None
         with contextlib.suppress(OSError):
-            fd = os.open(self._out(name, 'json'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = os.open(self.queue.out_file(name, 'json'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             record, user = read_record(fd), user_name(os.fstat(fd).st_uid)
             os.close(fd)
         end = record.get('finished', time.time())

@@ -717,12 +717,12 @@ def test_a_live_claim_is_no_stray(queue):
     pool = FixedWorkerPool([0], queue.path)
     assert pool.lock(0)
     queue.add('a.sh')
-    run = pool._claim('a.sh', [0])
+    run = pool.queue.claim('a.sh', 'worker', [0])
     os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')  # as before its rename
-    FixedWorkerPool([0], queue.path)._remove_strays()
+    FixedWorkerPool([0], queue.path).queue.remove_strays()
     assert queue.names('out') == ['a.sh.json']
     os.close(run.fd)
-    FixedWorkerPool([0], queue.path)._remove_strays()
+    FixedWorkerPool([0], queue.path).queue.remove_strays()
     assert queue.names('out') == []
 
 
@@ -886,12 +886,11 @@ def test_stop_kills_what_ignores_term(queue, monkeypatch):
 
 
 def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
-    queue.add('a.sh', 'trap "sleep 0.5; exit 1" TERM; echo ready; while :; do sleep 0.01; done')
+    queue.add('a.sh', 'trap "echo caught; sleep 0.5; exit 1" TERM; echo ready; while :; do sleep 0.01; done')
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     poller.send_signal(signal.SIGTERM)
-    until(lambda: 'stopping' in poller.log())
-    until(lambda: queue.record('a.sh').get('stopped'))
+    until(lambda: 'caught' in queue.out('a.sh.stdout'))
     poller.kill()
     poller.wait()
     until(lambda: queue.has_out('a.sh.exitcode'))
