@@ -30,6 +30,7 @@ from fastgpu import FastgpuError, FixedWorkerPool, ResourcePoolBase, ResourcePoo
 
 for signum in signal.SIGINT, signal.SIGQUIT:  # ignored in what a shell has put into the background
     signal.signal(signum, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as by nohup
 
 MODULE = Path(fastgpu.__file__)
 FOLDERS = 'to_run', 'running', 'complete', 'fail'
