@@ -23,6 +23,7 @@ How it works, and why nothing is lost:
   name in running, complete, fail and out means one run, for ever: the second run of train.sh is train-1.sh.
 - That record, and a lock file per GPU, are locked with flock(2). The script inherits both locks, so they last as
   long as it does, whatever becomes of the poller, and the kernel drops them when it ends, whatever ended it.
+- When it has ended, the next script starts under the same lock, and only then is it filed: no GPU waits for that.
 - The script runs under one line of /bin/sh, in a session of its own, which writes the exit status to
   out/NAME.exitcode even if the poller is dead by then.
 - A name in running whose record nobody locks has therefore ended: with an exit status it is filed in complete or
@@ -826,6 +827,11 @@ class ResourcePoolBase:
         """Give the lock of `ident` back, also if a daemon that the script left behind still holds a copy of it."""
         give_back(self._locks.pop(ident, []))
 
+    def _unlock_all(self, ids: Iterable[Any]) -> None:
+        """Give these locks back, with which nothing was started."""
+        for ident in ids:
+            self.unlock(ident)
+
     def _drop(self, ids: Iterable[Any]) -> None:
         """Close our descriptors of these locks: whoever inherited them, if anybody did, still holds them."""
         for fd in (fd for ident in ids for fd in self._locks.pop(ident, [])):
@@ -858,9 +864,9 @@ class ResourcePoolBase:
                 if len(ids) == number:
                     return ids
         except BaseException:
-            self._drop(ids)
+            self._unlock_all(ids)
             raise
-        self._drop(ids)
+        self._unlock_all(ids)
         for ident in ids:  # for a time of our own, so that those who met do not meet again
             self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
         return []
@@ -904,8 +910,7 @@ class ResourcePoolBase:
             if good and keep:
                 self._locks[ident] = fds
             else:
-                for fd in fds:
-                    os.close(fd)
+                give_back(fds)
         if not good:
             self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND
         return good
@@ -1043,7 +1048,11 @@ class ResourcePoolBase:
         fd = None
         with contextlib.suppress(OSError):
             fd = open_lock(self.queue.alive)
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            for _ in range(10):  # `status` takes it for a moment, to see
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.01)
         try:
             yield
         finally:
@@ -1151,7 +1160,7 @@ class ResourcePoolBase:
             return True
         ids = self._lock_some(number)
         if self._signals:  # a driver can take seconds for its answers
-            self._drop(ids)
+            self._unlock_all(ids)
             return False
         for ident in self.all_ids():
             reason = '' if ident in self._locks else self._reasons.get(ident, '')
@@ -1369,7 +1378,7 @@ class ResourcePoolBase:
         records = [self._look_at_run(name) for name in ended[::len(ended) // 100 + 1]]
         seconds = [record['seconds'] for record in records if record['seconds'] is not None]
         left = time_left(sum(seconds) / len(seconds), waiting.number, len(runs) or len(resources)) if seconds else None
-        last = sorted(fail.names, key=lambda name: file_mark(self.queue.fail / name)[2:], reverse=True)[:3]
+        last = sorted(fail.names, key=lambda name: (file_mark(self.queue.fail / name)[2:], name), reverse=True)[:3]
         return {
             'path': str(self.path), 'host': self.host, 'poller': is_held(self.queue.alive), 'resources': resources,
             'elsewhere': [run for run in runs if run['host'] != self.host],
@@ -1382,14 +1391,16 @@ class ResourcePoolBase:
 
     def _look_at_run(self, name: str) -> dict[str, Any]:
         """Return what the record of the run `name` says, and how long it took or has taken."""
-        record, user = {}, None
-        with contextlib.suppress(OSError):
+        record: dict[str, Any] = {}
+        user = seconds = None
+        with contextlib.suppress(OSError, TypeError):
             fd = os.open(self.queue.out_file(name, 'json'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             record, user = read_record(fd), user_name(os.fstat(fd).st_uid)
             os.close(fd)
-        end = record.get('finished', time.time())
+            if record:
+                seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
         return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
-                'user': user, 'seconds': round(max(0.0, end - record['started']), 1) if record else None}
+                'user': user, 'seconds': seconds}
 
     def _look_at_resources(self, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return what each resource of this host does; `runs` are those of this queue."""
@@ -1910,7 +1921,7 @@ def screen(status: dict[str, Any]) -> str:
             state = shown(f'{resource["script"]}, {resource["user"]}, {duration(resource["seconds"] or 0)}')
         elif resource['reason']:
             state += f': {resource["reason"]}'
-        rows.append([f'{resource["kind"]} {resource["id"]}', resource.get('model') or '',
+        rows.append([shown(f'{resource["kind"]} {resource["id"]}'), resource.get('model') or '',
                      '' if total is None else f'{used / 1024:.1f} of {memory_text(total)}', state])
     for run in status['elsewhere']:
         rows.append([shown(f'on {run["host"] or "?"}'), '', '',
@@ -1931,8 +1942,8 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
     """Put a script into to_run for each line of `commands`, blank ones and comments left out; return their names.
 
     They are called job-000001.sh and so on, numbered after all such that the queue holds, and run in the folder that
-    is the current one now. Raises FastgpuError for a line that cannot be a script, before anything is put there;
-    OSError, with those put that were.
+    is the current one now. Raises FastgpuError for a line that cannot be a script, before anything is put there, and
+    where only some could be; OSError where there is no queue.
     """
     folders = setup_dirs(path)
     check_dirs(Path(path), folders)
@@ -1941,24 +1952,22 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
     for line in lines:
         if b'\0' in line:
             raise FastgpuError(f'no script can hold a NUL byte: {shown(os.fsdecode(line))[:60]}')
-    names = []
+    names: list[str] = []
     lock = os.open(folders[0], os.O_RDONLY)
+    draft = folders[0] / f'.job-{os.uname().nodename}-{os.getpid()}'
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time, so that the lines of one stay together
         taken = [int(match[1]) for folder in folders[:4] for name in os.listdir(folder)
                  if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
-        draft = folders[0] / f'.job-{os.getpid()}'
         for number, line in enumerate(lines, max(taken, default=0) + 1):
-            head = f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n'
-            try:
-                with open(draft, 'wb') as file:
-                    os.fchmod(file.fileno(), 0o777 & ~0o022)
-                    file.write(os.fsencode(head) + line + b'\n')
-                names.append(safe_rename(draft, folders[0], f'job-{number:06}.sh').name)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.unlink(draft)
-                raise
+            draft.write_bytes(os.fsencode(f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n') + line + b'\n')
+            draft.chmod(0o755)
+            names.append(safe_rename(draft, folders[0], f'job-{number:06}.sh').name)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
+        raise FastgpuError(f'of {count(len(lines), "command")} {done} could be added: {explain(error)}') from None
     finally:
         os.close(lock)
     return names
@@ -1988,7 +1997,7 @@ def main(args: list[str] | None = None) -> int:
         parser.error('--json is for --status')
     try:
         if options.add:
-            for name in add_scripts(options.path, sys.stdin.buffer):
+            for name in add_scripts(options.path, sys.stdin.buffer if sys.stdin else []):
                 print(shown(name))
             return 0
         if options.status:

@@ -758,6 +758,17 @@ def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_f
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
 
 
+def test_a_lock_that_is_handed_on_but_not_used_is_free_though_a_daemon_holds_a_copy(queue):
+    pool, other = FixedWorkerPool([0, 1], queue.path), FixedWorkerPool([0, 1], queue.path)
+    assert other.lock(1)
+    queue.add('a.sh', f'({queue.gate()}) &')
+    assert pool.run('a.sh', 0)
+    until(lambda: pool._release() or pool._spare)
+    assert pool._lock_some(2) == []
+    assert other.find_next() == 0
+    queue.open_gate()
+
+
 def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
     queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
     first = queue.start('--workers', '1')
@@ -2822,6 +2833,14 @@ def test_add_refuses_what_cannot_be_a_script_before_it_adds_any(queue):
     assert (code, out, err) == (2, [], 'fastgpu_poll: no script can hold a NUL byte: ec\\x00ho\n')
     assert queue.all() == {}
     assert added(queue, b'\n# only a comment\n') == (0, [], '')
+
+
+def test_add_on_a_full_disk_says_how_far_it_came_and_leaves_no_half_script(small_disk):
+    fill(small_disk.path)
+    code, out, err = added(small_disk, b'true\nfalse\n')
+    assert (code, out) == (2, [])
+    assert re.match('fastgpu_poll: of 2 commands none could be added: .*No space left on device\n$', err)
+    assert os.listdir(small_disk.path / 'to_run') == []
 
 
 def test_help_shows_the_options_of_the_original_first():
