@@ -128,6 +128,10 @@ class Queue:
     def record(self, name):
         return json.loads(self.out(f'{name}.json'))
 
+    def pid(self, name):
+        """Return the pid of the shim of a run, when it is recorded: the script may already run before that."""
+        return until(lambda: self.record(name).get('pid'))
+
 
 @pytest.fixture(autouse=True)
 def no_left_overs(tmp_path):
@@ -421,7 +425,7 @@ def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
     assert sorted(started, key=started.get) == ['10', '9', 'B', 'a']
     session, pid, folder = queue.out('a.stdout').split()
     assert session != pid  # the shim's, and not the poller's
-    assert int(session) == queue.record('a')['pid']
+    assert int(session) == queue.pid('a')
     assert folder == '/'
 
 
@@ -647,9 +651,10 @@ def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
     queue.add('a.sh', f'echo run; [ -e {queue.path}/gate ] || exec sleep 1000')
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
+    queue.pid('a.sh')
     first.kill()
     first.wait()
-    os.killpg(queue.record('a.sh')['pid'], signal.SIGKILL)  # as the power would
+    os.killpg(queue.pid('a.sh'), signal.SIGKILL)  # as the power would
     queue.open_gate()
     status, log = queue.poll('--workers', '1')
     assert status == 0
@@ -664,9 +669,10 @@ def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
     queue.add('a.sh', 'echo old; exec sleep 1000')
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
+    queue.pid('a.sh')
     first.kill()
     first.wait()
-    os.killpg(queue.record('a.sh')['pid'], signal.SIGKILL)
+    os.killpg(queue.pid('a.sh'), signal.SIGKILL)
     queue.add('a.sh', 'echo new', mode=0o644)
     second = queue.start('--workers', '1', '--exit', '0')
     until(lambda: queue.names('to_run') == ['a.sh'] and queue.names('running') == ['a-1.sh'])
@@ -679,9 +685,11 @@ def test_a_shim_killed_alone_keeps_its_script_and_its_slot(queue):
     queue.add('b.sh')
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    os.kill(queue.record('a.sh')['pid'], signal.SIGKILL)
+    os.kill(queue.pid('a.sh'), signal.SIGKILL)
     until(lambda: 'worker 0 busy' in poller.log())
+    queue.let_look(poller)
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
+    assert 'requeue' not in poller.log()
     queue.open_gate()
     assert poller.wait(30) == 0
     assert queue.all() == {'a-1.sh': 'complete', 'b.sh': 'complete'}
@@ -756,6 +764,7 @@ def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_f
     queue.add('b.sh')
     assert queue.poll('--workers', '1')[0] == 0
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+    assert FixedWorkerPool([0], queue.path).find_next() == 0
 
 
 def test_a_lock_that_is_handed_on_but_not_used_is_free_though_a_daemon_holds_a_copy(queue):
@@ -867,7 +876,7 @@ def test_a_term_for_all_processes_at_once_puts_the_scripts_back_whoever_gets_it_
     queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    group = queue.record('a.sh')['pid']
+    group = queue.pid('a.sh')
     if first == 'script':
         os.killpg(group, signal.SIGTERM)
         os.killpg(group, signal.SIGCONT)
@@ -889,7 +898,7 @@ def test_stop_kills_what_ignores_term(queue, monkeypatch):
     queue.add('a.sh', 'trap "" TERM; while :; do sleep 0.01; done')
     pool = FixedWorkerPool([0], queue.path)
     assert pool.run('a.sh', 0)
-    until(lambda: b'sleep' in subprocess.check_output(['ps', '-o', 'args=', '-g', str(queue.record('a.sh')['pid'])]))
+    until(lambda: b'sleep' in subprocess.check_output(['ps', '-o', 'args=', '-g', str(queue.pid('a.sh'))]))
     pool.interrupt(signal.SIGTERM)
     assert pool.poll_scripts() == 143
     assert queue.all() == {'a.sh': 'to_run'}
@@ -928,7 +937,7 @@ def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
     poller.kill()
     poller.wait()
-    os.killpg(queue.record('a.sh')['pid'], signal.SIGTERM)
+    os.killpg(queue.pid('a.sh'), signal.SIGTERM)
     until(lambda: queue.has_out('a.sh.exitcode'))
     assert queue.out('a.sh.exitcode') == '6'
 
@@ -1050,12 +1059,13 @@ def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queu
     queue.add('ended.sh', queue.gate() + 'exit 4')
     first = queue.start('--workers', '2')
     until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
+    queue.pid('cut.sh')
     first.send_signal(signal.SIGSTOP)
     queue.open_gate()
     until(lambda: queue.has_out('ended.sh.exitcode'))
     first.kill()
     first.wait()
-    os.killpg(queue.record('cut.sh')['pid'], signal.SIGKILL)
+    os.killpg(queue.pid('cut.sh'), signal.SIGKILL)
     assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
     queue.open_gate('never')
     assert queue.poll()[0] == 1
@@ -1171,7 +1181,7 @@ def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
     queue.add('a.sh', f'while [ ! -e {tmp_path}/go ]; do sleep 0.01; done; exit 5')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    pid = queue.record('a.sh')['pid']
+    pid = queue.pid('a.sh')
     (tmp_path / 'go').touch()
     poller.send_signal(signal.SIGSTOP)
     until(lambda: Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z')
@@ -1483,7 +1493,7 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
     gpus.change(0, used=500)
     for number in range(5):
         queue.add(f'{number}.sh', 'echo "bad luck" >&2; exit 1')
-    assert queue.poll()[0] == 1
+    assert queue.poll(env={**os.environ, 'CUDA_VISIBLE_DEVICES': '0'})[0] == 1  # one after the other
     for name in 'abcde':
         queue.add(f'{name}.sh', queue.gate())
     poller = queue.start('--exit', '1')
@@ -1575,7 +1585,7 @@ def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(que
     assert queue.names('running') == ['00']
     pollers[owner].kill()
     pollers[owner].wait()
-    os.killpg(queue.record('00')['pid'], signal.SIGKILL)
+    os.killpg(queue.pid('00'), signal.SIGKILL)
     third = queue.start('--workers', '1', command=on_host(['one', 'two'][1 - owner]))
     assert third.wait(30) == 0
     assert queue.names('running') == ['00']
@@ -1686,7 +1696,7 @@ def test_slurm_runs_each_script_as_a_step_with_a_gpu_of_its_own_and_its_status_c
         assert queue.out(f'{number:02}.sh.exitcode') == str(137 if number == 7 else number % 3)
         start, host, gpu, end = queue.out(f'{number:02}.sh.stdout').split()
         uses.setdefault((host, gpu), []).append((int(start), int(end)))
-    assert len({host for host, gpu in uses}) == 3
+    assert len(uses) > 4  # on more than one node
     for spans in map(sorted, uses.values()):
         assert all(later[0] > earlier[1] for earlier, later in zip(spans, spans[1:]))
 
