@@ -1678,7 +1678,7 @@ def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
     assert poller.wait(60) == 1
     assert len(set((queue.path / 'ran').read_text().split())) == len((queue.path / 'ran').read_text().split()) == 60
     assert Counter(queue.all().values()) == {'complete': 30, 'fail': 30}
-    hosts = {queue.out(f'{number:02}.sh.stdout').strip() for number in range(60)}
+    hosts = {queue.out(name).strip() for name in queue.names('out') if name.endswith('.stdout')}
     assert len(hosts) == 3
     for host in hosts:
         assert re.search(rf' {host} worker [01]: complete ', poller.log())
@@ -2676,7 +2676,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         last = queue.start('--exit', '1')
         last.wait(60)
         for poller in queue.pollers:  # but for an INT while Python itself still starts
-            assert 'Traceback' not in poller.log() or 'KeyboardInterrupt' in poller.log()
+            assert 'Traceback' not in poller.log() or re.search('KeyboardInterrupt|Fatal Python error', poller.log())
         assert not (queue.path / 'clash').exists()
         ended = Counter((queue.path / 'ended').read_text().split())
         where = {}
