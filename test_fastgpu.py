@@ -1493,7 +1493,7 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
     gpus.change(0, used=500)
     for number in range(5):
         queue.add(f'{number}.sh', 'echo "bad luck" >&2; exit 1')
-    assert queue.poll(env={**os.environ, 'CUDA_VISIBLE_DEVICES': '0'})[0] == 1  # one after the other
+    assert queue.poll('--workers', '1')[0] == 1
     for name in 'abcde':
         queue.add(f'{name}.sh', queue.gate())
     poller = queue.start('--exit', '1')
