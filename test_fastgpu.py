@@ -2186,6 +2186,20 @@ def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
     assert gaps[4] < 1  # the median: no wait for the next second
 
 
+def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(gpus, queue):
+    gpus.have(1)
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.names('running') == ['a.sh'])
+    gpus.change(0, pids=[2**22 + 1])
+    queue.open_gate()
+    until(lambda: f'used by pid {2**22 + 1}' in poller.log())
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+    gpus.change(0, pids=[])
+    assert poller.wait(30) == 0
+
+
 def test_a_slow_driver_delays_the_notice_of_an_end_by_one_call_at_most(gpus, queue):
     gpus.have(4)
     for n in range(1, 4):
