@@ -42,6 +42,11 @@ AS_NOBODY = ('import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setu
              'sys.exit(fastgpu.main(sys.argv[1:]))')
 
 
+def let_be_noted(folder, name):
+    """Wait until a lock file in `folder` says that the script `name` holds it: that comes after its record."""
+    until(lambda: any(f'runs {name} of' in file.read_text() for file in Path(folder).glob('*.lock')))
+
+
 def until(condition, what='it', seconds=30):
     """Wait until `condition()` is true, and return what it returned."""
     deadline = time.monotonic() + seconds
@@ -637,6 +642,7 @@ def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
     queue.add('b.sh', '')
     first = queue.start('--workers', '1')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    let_be_noted(queue.path, 'a.sh')
     first.kill()
     first.wait()
     second = queue.start('--workers', '1')
@@ -1043,6 +1049,7 @@ def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
     first = subprocess.Popen(['/bin/sh', '-c', command])
     queue.pollers.append(first)
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    let_be_noted(queue.path, 'a.sh')
     first.kill()
     first.wait()
     queue.add('b.sh')
@@ -1980,6 +1987,7 @@ def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
     first.add('a.sh', first.gate())
     poller = first.start('--exit', '1')
     until(lambda: first.names('running') == ['a.sh'] and 'pid' in first.record('a.sh'))
+    let_be_noted(gpus.locks, 'a.sh')
     poller.kill()
     poller.wait()
     second.add('b.sh')
