@@ -722,7 +722,7 @@ class Run:
         """Send a signal to its session, if its shim is alive, so that the session is still its own."""
         pid = self.shim()
         for group in session_groups(pid) if pid else ():
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # a group that is all sudo(8)'s
                 os.killpg(group, signum)
 
     def terminate(self, why: str) -> None:
@@ -766,7 +766,7 @@ class ResourcePoolBase:
         self.failed: list[str] = []
         self.busy_seconds = 0.0  # of all resources together, by those runs
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
-        self._spare: dict[Hashable, list[int]] = {}  # the same of scripts that have just ended, for the next ones
+        self._spare: dict[Hashable, list[int]] = {}  # the same, for the scripts that come after those that just ended
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
         self._started: list[Run] = []  # those of them that the log does not know yet
@@ -1069,14 +1069,17 @@ class ResourcePoolBase:
                 self._find_others()
                 self._release()
                 self._collect(others=True)
+                self._look_at = max(self._look_at, time.monotonic() + LOOK_AROUND / 2)  # if that took its time
             idle = look and not self._runs
             if idle:
                 self._scripts.expire()
             # No resource waits for us: the next scripts start, under the same locks, before those that ended are filed.
             self._release()
-            left = not self._signals and self._start()
-            for ident in list(self._spare):
-                give_back(self._spare.pop(ident))
+            try:
+                left = not self._signals and self._start()
+            finally:
+                for ident in list(self._spare):
+                    give_back(self._spare.pop(ident))
             self._collect()
             while self._started:
                 self._log_start(self._started.pop(0))
@@ -1202,9 +1205,12 @@ class ResourcePoolBase:
             if code < 0:
                 self._drop(run.ids)  # its script may have survived its shim: when the lock ends is for the kernel
             for ident in run.ids:
-                if len(self._locks.get(ident, [])) == 1:
-                    self._spare[ident] = self._locks.pop(ident)
-                self.unlock(ident)  # one of several scripts on a GPU: whether it is shared is to be found out anew
+                alone = len(self._locks.get(ident, [])) == 1  # else whether the GPU is shared is to be found out anew
+                self.unlock(ident)
+                with contextlib.suppress(OSError):  # anew: of the old one, a daemon may hold a copy
+                    fd = take_lock(self.lock_path(ident)) if alone else None
+                    if fd is not None:
+                        self._spare[ident] = [fd]
             run.ids = ()  # from here on they may be another run's
             self._ask_at.clear()  # perhaps that is all that the next script needs
 
@@ -1258,17 +1264,24 @@ class ResourcePoolBase:
         else:
             run.status = code
             self._cuts.pop(run.record['script'], None)
-            if code and not run.record.keys() & {'cancelled', 'finished'}:
-                # Slurm, or a box that shuts down, sends TERM to all processes at once: to this script, and to us.
-                age = time.time() - run.exit_code()[1]
-                if code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5:
-                    return False
-                if self._stopping() and age < 1:
-                    run.record['stopped'] = True
+            if self._is_stopped_too(run, code, run.exit_code()[1]):
+                return False
             filed = self._settle(run)
         if filed:
             os.close(run.fd)
         return filed
+
+    def _is_stopped_too(self, run: Run, code: int | None, finished: float) -> bool:
+        """Mark a run as stopped that got TERM when we did; return whether it is too early to tell.
+
+        Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier.
+        """
+        if not code or run.record.keys() & {'cancelled', 'finished'}:
+            return False
+        age = time.time() - finished
+        if self._stopping() and age < 1:
+            run.record['stopped'] = True
+        return code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5
 
     def _collect_other(self, run: Run) -> bool:
         """Settle a run that we found, if it has ended; return whether there is nothing more to do for us."""
@@ -1291,6 +1304,8 @@ class ResourcePoolBase:
             overdue = code is not None and time.time() - finished > OVERDUE
             # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
             if overdue or (lock_fd(run.fd, run.out('json')) and (code is not None or not run.shim())):
+                if self._is_stopped_too(run, code, finished):
+                    return False
                 gone = not os.path.lexists(run.path) and not run.record.get('cancelled')
                 return gone or self._settle(run)
             return False
@@ -1311,15 +1326,17 @@ class ResourcePoolBase:
             return not alive
         if self._stop_at is None:
             self._stop_at = time.monotonic()
+            self._look_at = 0.0  # at the scripts of others, which may have got TERM too
             if alive:
                 log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
         for run in alive:
             if run.kill_at is None and run.exit_code()[0] is None:
                 run.terminate('stopped')
         killed = [run for run in self._runs.values() if not run.process and run.kill_at is not None]
+        looked = self._look_at > 0
         if killed:
             self._look_at = 0.0
-        return not (alive or killed) or time.monotonic() > self._stop_at + 2 * GRACE
+        return (looked and not (alive or killed)) or time.monotonic() > self._stop_at + 2 * GRACE
 
     def _say(self, about: Hashable, text: str) -> None:
         """Log `text` unless it is what was last said about this, but for amounts of memory, which always change."""
@@ -1828,9 +1845,18 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def _look_at_resource(self, ident: Any) -> dict[str, Any]:
         """Return whether a GPU is free, why if not, its model and its memory."""
-        seen = {'model': None, 'memory_used': None, 'memory_total': None, **super()._look_at_resource(ident)}
+        gpu = self._places[ident][0]
+        seen: dict[str, Any] = {'model': None, 'memory_used': None, 'memory_total': None,
+                                'state': 'busy', 'reason': 'a poller asks whether it is free'}
+        ask = self._lock_file(f'{gpu.uuid}.ask')
+        asking = None
+        with contextlib.suppress(OSError):
+            asking = take_lock(ask) if os.path.lexists(ask) else -1  # none: no poller was ever here
+        if asking is not None:
+            seen.update(super()._look_at_resource(ident))
+            if asking >= 0:
+                os.close(asking)
         with contextlib.suppress(GpuError):
-            gpu = self._places[ident][0]
             seen['memory_used'], seen['memory_total'] = map(round, self._driver.memory(gpu))
             seen['model'] = self._driver.model(gpu)
         return seen
@@ -1960,15 +1986,15 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
         taken = [int(match[1]) for folder in folders[:4] for name in os.listdir(folder)
                  if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
         for number, line in enumerate(lines, max(taken, default=0) + 1):
-            draft.write_bytes(os.fsencode(f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n') + line + b'\n')
-            draft.chmod(0o755)
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
+                file.write(os.fsencode(f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n') + line + b'\n')
             names.append(safe_rename(draft, folders[0], f'job-{number:06}.sh').name)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
         done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
         raise FastgpuError(f'of {count(len(lines), "command")} {done} could be added: {explain(error)}') from None
     finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
         os.close(lock)
     return names
 

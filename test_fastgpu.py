@@ -784,6 +784,19 @@ def test_a_lock_that_is_handed_on_but_not_used_is_free_though_a_daemon_holds_a_c
     queue.open_gate()
 
 
+def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(queue):
+    queue.add('a.sh', f'({queue.gate()}) &')
+    queue.add('b.sh', f'echo; {queue.gate("second")}')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('b.sh.stdout'))
+    poller.kill()
+    poller.wait()
+    queue.open_gate('second')
+    until(lambda: queue.has_out('b.sh.exitcode'))
+    until(lambda: FixedWorkerPool([0], queue.path).find_next() == 0)
+    queue.open_gate()
+
+
 def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
     queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
     first = queue.start('--workers', '1')
@@ -896,6 +909,23 @@ def test_a_term_for_all_processes_at_once_puts_the_scripts_back_whoever_gets_it_
         until(lambda: queue.has_out('a.sh.exitcode'))
         poller.send_signal(signal.SIGCONT)
     assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_a_term_for_all_puts_the_scripts_of_an_earlier_poller_back_too(queue):
+    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    group = queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'waiting for a.sh' in second.log())
+    os.killpg(group, signal.SIGTERM)
+    os.killpg(group, signal.SIGCONT)
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 143
     assert queue.all() == {'a.sh': 'to_run'}
 
 
