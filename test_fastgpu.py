@@ -3107,6 +3107,7 @@ def test_bench(gpus, tmp_path, monkeypatch, capsys):
         poller.wait()
 
         queue = bench.scripts(0, '')
+        subprocess.run([*INSTALLED, '--version'], stdout=subprocess.DEVNULL, check=True)  # compiles it
         poller = queue.start('--exit', '0', '--workers', '2', command=INSTALLED)
         bench.row('a script moved to an idle poller starts after', median(pick_up, queue, False), 0.15, 's')
         bench.row('   one that was just written', median(pick_up, queue, True), 0.25, 's')
