@@ -23,7 +23,7 @@ How it works, and why nothing is lost:
   name in running, complete, fail and out means one run, for ever: the second run of train.sh is train-1.sh.
 - That record, and a lock file per GPU, are locked with flock(2). The script inherits both locks, so they last as
   long as it does, whatever becomes of the poller, and the kernel drops them when it ends, whatever ended it.
-- When it has ended, the next script starts under the same lock, and only then is it filed: no GPU waits for that.
+- When it has ended, the next script starts before it is filed: no GPU waits for that.
 - The script runs under one line of /bin/sh, in a session of its own, which writes the exit status to
   out/NAME.exitcode even if the poller is dead by then.
 - A name in running whose record nobody locks has therefore ended: with an exit status it is filed in complete or
@@ -1073,7 +1073,7 @@ class ResourcePoolBase:
             idle = look and not self._runs
             if idle:
                 self._scripts.expire()
-            # No resource waits for us: the next scripts start, under the same locks, before those that ended are filed.
+            # No resource waits for us: the next scripts start before those that have ended are filed.
             self._release()
             try:
                 left = not self._signals and self._start()
