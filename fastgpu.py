@@ -735,11 +735,13 @@ class Run:
 
     def kill(self) -> None:
         """Kill what is left of a run that got TERM, if its script has ended or its grace period has."""
+        if self.kill_at is None:
+            return
         ended = None
         if self.process and self.process.returncode is None:
             with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
                 ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if self.kill_at is not None and (ended or time.monotonic() >= self.kill_at):
+        if ended or time.monotonic() >= self.kill_at:
             self.signal(signal.SIGKILL)
 
 
