@@ -135,7 +135,7 @@ class Queue:
 
     def pid(self, name):
         """Return the pid of the shim of a run, when it is recorded: the script may already run before that."""
-        return until(lambda: self.record(name).get('pid'))
+        return until(lambda: self.has_out(f'{name}.json') and self.record(name).get('pid'))
 
 
 @pytest.fixture(autouse=True)
@@ -1097,6 +1097,7 @@ def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queu
     first = queue.start('--workers', '2')
     until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
     queue.pid('cut.sh')
+    queue.pid('ended.sh')
     first.send_signal(signal.SIGSTOP)
     queue.open_gate()
     until(lambda: queue.has_out('ended.sh.exitcode'))
