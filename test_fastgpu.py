@@ -2234,6 +2234,7 @@ def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(
     gpus.change(0, pids=[2**22 + 1])
     queue.open_gate()
     until(lambda: f'used by pid {2**22 + 1}' in poller.log())
+    until(lambda: 'complete a.sh' in poller.log())  # filed after the next one was tried
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
     gpus.change(0, pids=[])
     assert poller.wait(30) == 0
