@@ -1694,7 +1694,7 @@ def test_stopping_reaches_through_a_wrapper_that_makes_a_process_group_of_its_ow
     poller.send_signal(signal.SIGTERM)
     assert poller.wait(30) == 143
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
-    assert queue.out('a.sh.stdout') == 'start\nsaved\n'
+    assert set(queue.out('a.sh.stdout').split()) == {'start', 'saved'}  # more than once: timeout passes TERM on as well
     until(lambda: not os.path.exists(f'/proc/{queue.out("b.sh.stdout").strip()}'))
 
 
