@@ -346,20 +346,24 @@ def lock_fd(fd: int, path: StrPath, how: int = fcntl.LOCK_EX) -> bool:
         return False
 
 
+def open_quietly(path: StrPath, flags: int = os.O_RDONLY) -> int:
+    """Open what may be anything, a link or a FIFO, without following it or waiting for it. Raises OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
 def open_lock(path: StrPath) -> int:
     """Open the lock file `path`, made where it is missing, in a folder in which others may plant files.
 
     Raises OSError, with a reason for people, for anything that is not a lock file: a link, a FIFO.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         # Without O_CREAT where it exists: the kernel refuses that for the files of others in a sticky folder
         # (fs.protected_regular in proc(5)).
         try:
-            fd = os.open(path, flags)
+            fd = open_quietly(path, os.O_RDWR)
         except FileNotFoundError:
             try:
-                fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             except FileExistsError:
                 continue
         status = os.fstat(fd)
@@ -396,28 +400,20 @@ def give_back(fds: Iterable[int]) -> None:
 
 
 def is_held(path: StrPath) -> bool:
-    """Return whether somebody holds the lock file `path`. Who tries to take it at this very moment may fail."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
+    """Return whether somebody holds the lock file `path`. Who tries to take it just then fails. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), open(open_quietly(path), 'rb') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 
 def read_note(path: StrPath) -> str:
     """Return what the holder of the lock file `path` wrote there, for people only: anybody can write to it."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, encoding='utf-8', errors='replace') as file:
-            return shown(file.read(200).strip())
-    except OSError:
-        return ''
+    with contextlib.suppress(OSError), open(open_quietly(path), encoding='utf-8', errors='replace') as file:
+        return shown(file.read(200).strip())
+    return ''
 
 
 # --- Runs: what out/ says about one ---------------------------------------------------------------------------------
@@ -605,6 +601,7 @@ class Run:
         self.pidfd: int | None = None
         self.status: int | None = None  # how it ended, for where the shim could not write that
         self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
+        self.finished = 0.0  # when it ended, once it is settled
 
     # Its files.
 
@@ -619,7 +616,7 @@ class Run:
 
     def open_record(self) -> None:
         """Open the record of a run that is not ours, and read it. Raises OSError."""
-        self.fd = os.open(self.out('json'), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        self.fd = open_quietly(self.out('json'), os.O_RDWR)
         self.record = read_record(self.fd)
 
     def close_record(self) -> None:
@@ -744,6 +741,48 @@ class Run:
         if ended or time.monotonic() >= self.kill_at:
             self.signal(signal.SIGKILL)
 
+    # Its end.
+
+    def seconds(self, since: float = 0) -> float:
+        """Return how long it ran, when it is settled; only counted from the time `since` on."""
+        started: float = self.record.get('started', self.finished)
+        return max(0.0, self.finished - max(since, started))
+
+    def settle(self) -> tuple[str, str]:
+        """File it, if it has ended and its record is ours, in complete, fail or to_run, by what it left in out/.
+
+        Each step can be repeated: a crash between two leaves what the next settle completes. Returns the folder it
+        is in now ('' for wherever a person put it), and what there is to say. Raises OSError, say for a full disk.
+        """
+        name, record, queue = shown(self.name), self.record, self.queue
+        if self.status is None and 'pid' not in record and not self.was_started():
+            self.unclaim()
+            return 'to_run', f'requeue {name} (was not started)'
+        code, self.finished = self.exit_code()
+        if code is None and self.status is not None:
+            Path(self.out('exitcode')).write_text(str(self.status))
+            code = self.status
+        if 'finished' not in record:
+            record.update(finished=round(self.finished, 3), exitcode=code)
+            self.save()
+        # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
+        unknown = code is None and os.path.lexists(self.out('exitcode'))
+        how = f'({"status unknown, the disk was full" if unknown else describe(code)}, {duration(self.seconds())})'
+        if not os.path.lexists(self.path):  # cancelled by a person, or filed by another poller
+            if record.get('cancelled'):
+                return '', f'cancelled {name} {how}'
+            return next((folder.name for folder in (queue.fail, queue.complete)
+                         if os.path.lexists(folder / self.name)), ''), ''
+        if code == 0:
+            safe_rename(self.path, queue.complete)
+            return 'complete', f'complete {name} {how}'
+        if record.get('stopped') or (code is None and not unknown):
+            path = safe_rename(self.path, queue.to_run, self.script)
+            return 'to_run', f'requeue {name}' + f' as {shown(path.name)}' * (path.name != self.name) + f' {how}'
+        path = safe_rename(self.path, queue.fail)
+        reason = missing_interpreter(path) if code == 127 else last_line(self.out('stderr'))
+        return 'fail', f'fail {name} {how}: {remark(reason, self.out("stderr"))}'
+
 
 # --- Pools: who may run what, and when ------------------------------------------------------------------------------
 
@@ -768,7 +807,6 @@ class ResourcePoolBase:
         self.failed: list[str] = []
         self.busy_seconds = 0.0  # of all resources together, by those runs
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
-        self._spare: dict[Hashable, list[int]] = {}  # the same, for the scripts that come after those that just ended
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
         self._started: list[Run] = []  # those of them that the log does not know yet
@@ -784,6 +822,7 @@ class ResourcePoolBase:
         self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
         self._scripts = Listing(self.queue.to_run)
         self._waiting = False  # whether one of them waits for a moment
+        self._released = False  # whether a resource just became ours to use again
         self._collected_at = 0.0
         self._signals: list[int] = []
         self._stop_at: float | None = None
@@ -898,7 +937,7 @@ class ResourcePoolBase:
     def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
         """Return whether `ident` could be locked and then passed `test`; `keep` the lock if so."""
         try:
-            fds = self._spare.pop(ident, None) or self._take(ident)
+            fds = self._take(ident)
         except OSError as error:
             self._reasons[ident] = f'unusable: {explain(error)}'
             return False
@@ -916,6 +955,21 @@ class ResourcePoolBase:
         if not good:
             self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND
         return good
+
+    def look(self, ident: Any) -> dict[str, Any]:
+        """Return the `state` of a resource, free, busy or unusable, and the `reason` where it is not free."""
+        path = self.lock_path(ident)
+        self._reasons.pop(ident, None)
+        try:
+            if is_held(path):
+                since = f' for {duration(time.time() - os.stat(path).st_mtime)}'
+                return {'state': 'busy', 'reason': (read_note(path) or 'locked') + since}
+        except OSError as error:
+            return {'state': 'unusable', 'reason': explain(error)}
+        if self.is_available(ident):
+            return {'state': 'free', 'reason': None}
+        state, _, reason = str(self._reasons.get(ident) or 'busy').partition(': ')
+        return {'state': state, 'reason': reason}
 
     # The life of a script, in order: claim, launch, settle.
 
@@ -967,60 +1021,20 @@ class ResourcePoolBase:
             self._poller.register(run.pidfd, select.POLLIN)
 
     def _settle(self, run: Run) -> bool:
-        """File a run that has ended, and whose record we hold, by what it left in out/.
-
-        Each step can be repeated: a crash between two leaves what the next settle completes. Returns whether the run
-        is filed; where it is not (a full disk), says why, once, and is to be called again.
-        """
-        name, record, queue = shown(run.name), run.record, self.queue
-        where = self._where(record.get('ids', '?'))
+        """File a run that has ended; return whether that is done. Where it is not, it is to be called again."""
         try:
-            if run.status is None and 'pid' not in record and not run.was_started():
-                run.unclaim()
-                log(f'{where}: requeue {name} (was not started)')
-                return True
-            code, finished = run.exit_code()
-            if code is None and run.status is not None:
-                Path(run.out('exitcode')).write_text(str(run.status))
-                code = run.status
-            if 'finished' not in record:
-                record.update(finished=round(finished, 3), exitcode=code)
-                run.save()
-            # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
-            unknown = code is None and os.path.lexists(run.out('exitcode'))
-            how = f'({"status unknown, the disk was full" if unknown else describe(code)}, ' \
-                  f'{duration(finished - record.get("started", finished))})'
-            if not os.path.lexists(run.path):  # cancelled by a person, or filed by another poller
-                if record.get('cancelled'):
-                    log(f'{where}: cancelled {name} {how}')
-                elif os.path.lexists(queue.fail / run.name):
-                    self._count(self.failed, run, finished)
-                elif os.path.lexists(queue.complete / run.name):
-                    self._count(self.completed, run, finished)
-            elif code == 0:
-                safe_rename(run.path, queue.complete)
-                self._count(self.completed, run, finished)
-                log(f'{where}: complete {name} {how}')
-            elif record.get('stopped') or (code is None and not unknown):
-                path = safe_rename(run.path, queue.to_run, run.script)
-                log(f'{where}: requeue {name}' + f' as {shown(path.name)}' * (path.name != run.name) + f' {how}')
-            else:
-                path = safe_rename(run.path, queue.fail)
-                self._count(self.failed, run, finished)
-                reason = missing_interpreter(path) if code == 127 else last_line(run.out('stderr'))
-                log(f'{where}: fail {name} {how}: {remark(reason, run.out("stderr"))}', alarm=True)
+            folder, text = run.settle()
         except OSError as error:
-            self._say(run.name, f'cannot file {name} now: {explain(error)}; trying again')
+            self._say(run.name, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
             with contextlib.suppress(OSError):
                 setup_dirs(self.path)  # one of them may be gone
             return False
+        if text:
+            log(f'{self._where(run.record.get("ids", "?"))}: {text}', alarm=folder == 'fail')
+        if folder in ('complete', 'fail'):
+            (self.completed if folder == 'complete' else self.failed).append(run.name)
+            self.busy_seconds += run.seconds(self._began) * len(run.record.get('ids', [0]))
         return True
-
-    def _count(self, ended: list[str], run: Run, finished: float) -> None:
-        """Count a run as one of those that `ended` this way, for the summary."""
-        ended.append(run.name)
-        began = max(run.record.get('started', finished), self._began)
-        self.busy_seconds += max(0.0, finished - began) * len(run.record.get('ids', [0]))
 
     def _where(self, ids: Iterable[Any]) -> str:
         """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
@@ -1076,12 +1090,9 @@ class ResourcePoolBase:
             if idle:
                 self._scripts.expire()
             # No resource waits for us: the next scripts start before those that have ended are filed.
+            self._released = False
             self._release()
-            try:
-                left = not self._signals and self._start()
-            finally:
-                for ident in list(self._spare):
-                    give_back(self._spare.pop(ident))
+            left = not self._signals and self._start()
             self._collect()
             while self._started:
                 self._log_start(self._started.pop(0))
@@ -1130,7 +1141,7 @@ class ResourcePoolBase:
 
     def _next_script(self) -> str | None:
         """Return the name of the first script in to_run that can start, None where there is none."""
-        if not (self._scripts.names and self._spare) and self._scripts.update():  # not while a resource waits for us
+        if not (self._scripts.names and self._released) and self._scripts.update():  # not while a resource waits for us
             self._waiting = False
         while self._scripts.names:
             name = self._scripts.names[-1]
@@ -1206,14 +1217,9 @@ class ResourcePoolBase:
                 os.close(run.pidfd)
             if code < 0:
                 self._drop(run.ids)  # its script may have survived its shim: when the lock ends is for the kernel
-            for ident in run.ids:
-                alone = len(self._locks.get(ident, [])) == 1  # else whether the GPU is shared is to be found out anew
-                self.unlock(ident)
-                with contextlib.suppress(OSError):  # anew: of the old one, a daemon may hold a copy
-                    fd = take_lock(self.lock_path(ident)) if alone else None
-                    if fd is not None:
-                        self._spare[ident] = [fd]
+            self._unlock_all(run.ids)
             run.ids = ()  # from here on they may be another run's
+            self._released = True
             self._ask_at.clear()  # perhaps that is all that the next script needs
 
     def _collect(self, others: bool = False) -> None:
@@ -1370,9 +1376,6 @@ class ResourcePoolBase:
             return 128 + self._signals[-1]
         return 1 if self.failed or left else 0
 
-
-    # What there is to see, for one who may only read.
-
     def _progress(self) -> str:
         """Return in one line how far this poller is."""
         done, waiting, running = len(self.completed) + len(self.failed), len(self._scripts.names), len(self._runs)
@@ -1380,71 +1383,6 @@ class ResourcePoolBase:
         if done and running:
             text += f', {duration(time_left(self.busy_seconds / done, waiting, running))} left'
         return text
-
-    def status(self) -> dict[str, Any]:
-        """Return the state of the queue: what `fastgpu_poll --status --json` prints, see the README.
-
-        Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
-        """
-        waiting, running, complete, fail = (Listing(folder) for folder in (
-            self.queue.to_run, self.queue.running, self.queue.complete, self.queue.fail))
-        for listing in (waiting, running, complete, fail):
-            listing.update()
-        runs = [self._look_at_run(name) for name in reversed(running.names)]
-        here = sorted((run for run in runs if run['host'] == self.host), key=lambda run: str(run['ids']))
-        resources = self._look_at_resources(here)
-        ended = complete.names + fail.names
-        records = [self._look_at_run(name) for name in ended[::len(ended) // 100 + 1]]
-        seconds = [record['seconds'] for record in records if record['seconds'] is not None]
-        left = time_left(sum(seconds) / len(seconds), waiting.number, len(runs) or len(resources)) if seconds else None
-        last = sorted(fail.names, key=lambda name: (file_mark(self.queue.fail / name)[2:], name), reverse=True)[:3]
-        return {
-            'path': str(self.path), 'host': self.host, 'poller': is_held(self.queue.alive), 'resources': resources,
-            'elsewhere': [run for run in runs if run['host'] != self.host],
-            'counts': {'to_run': waiting.number, 'running': running.number, 'complete': complete.number,
-                       'fail': fail.number},
-            'next': waiting.names[:-4:-1],
-            'failed': [{'script': name, 'stderr': path, 'last_line': last_line(path)}
-                       for name in last for path in [self.queue.out_file(name, 'stderr')]],
-            'seconds_left': None if left is None or not (waiting.number or runs) else round(left, 1)}
-
-    def _look_at_run(self, name: str) -> dict[str, Any]:
-        """Return what the record of the run `name` says, and how long it took or has taken."""
-        record: dict[str, Any] = {}
-        user = seconds = None
-        with contextlib.suppress(OSError, TypeError):
-            fd = os.open(self.queue.out_file(name, 'json'), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            record, user = read_record(fd), user_name(os.fstat(fd).st_uid)
-            os.close(fd)
-            if record:
-                seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
-        return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
-                'user': user, 'seconds': seconds}
-
-    def _look_at_resources(self, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return what each resource of this host does; `runs` are those of this queue."""
-        rows = [{'kind': self.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None,
-                 **self._look_at_resource(ident)} for ident in self.all_ids()]
-        for run in runs:
-            for ident in run['ids']:
-                row = next((row for row in rows if (row['kind'], row['id']) == (run['kind'], ident)), None)
-                if row is None:
-                    rows.append(row := {'kind': run['kind'] or 'resource', 'id': ident})
-                row.update(state='running', script=run['script'], user=run['user'], seconds=run['seconds'], reason=None)
-        return rows
-
-    def _look_at_resource(self, ident: Any) -> dict[str, Any]:
-        """Return whether a resource is free, and why if not."""
-        path = self.lock_path(ident)
-        self._reasons.pop(ident, None)
-        if is_held(path):
-            with contextlib.suppress(OSError):
-                since = f' for {duration(time.time() - os.stat(path).st_mtime)}'
-                return {'state': 'busy', 'reason': (read_note(path) or 'locked') + since}
-        elif self.is_available(ident):
-            return {'state': 'free', 'reason': None}
-        state, _, reason = str(self._reasons.get(ident) or 'busy').partition(': ')
-        return {'state': state, 'reason': reason}
 
 
 class FixedWorkerPool(ResourcePoolBase):
@@ -1474,8 +1412,8 @@ class DriverError(GpuError):
 class Gpu:
     """A GPU, or an instance of one in MIG mode. Where `error` is not empty, it cannot be used."""
 
-    def __init__(self, index: int, uuid: str, parent: str = '', error: str = '') -> None:
-        self.index, self.uuid, self.parent, self.error = index, uuid, parent, error
+    def __init__(self, index: int, uuid: str = '', model: str = '', parent: str = '', error: str = '') -> None:
+        self.index, self.uuid, self.model, self.parent, self.error = index, uuid, model, parent, error
         self.ident: Any = index  # what CUDA is told, and people
 
 
@@ -1524,21 +1462,22 @@ class Nvml:
         for index in range(number):
             try:
                 handle = ask(nvml.nvmlDeviceGetHandleByIndex, index)
-                uuid = ask(nvml.nvmlDeviceGetUUID, handle)
+                gpu = Gpu(index, *self._name(handle))
                 instances = self._instances(handle)
+                if instances == []:
+                    gpu.error = 'is in MIG mode and has no instances (see nvidia-smi mig)'
+                found += [Gpu(index, *self._name(instance), gpu.uuid) for instance in instances or ()] or [gpu]
             except nvml.NVMLError as error:
-                found.append(Gpu(index, '', error=str(error)))
-                continue
-            if instances is None:
-                found.append(Gpu(index, uuid))
-            elif instances:
-                found += [Gpu(index, instance, uuid) for instance in instances]
-            else:
-                found.append(Gpu(index, uuid, error='is in MIG mode and has no instances (see nvidia-smi mig)'))
+                found.append(Gpu(index, error=str(error)))
         return found
 
-    def _instances(self, handle: Any) -> list[str] | None:
-        """Return the UUIDs of the MIG instances of a GPU, None if it is not in MIG mode. Raises NVMLError."""
+    def _name(self, handle: Any) -> tuple[str, str]:
+        """Return the UUID and the model of a GPU or an instance. Raises NVMLError."""
+        return (str(self._ask(self._nvml.nvmlDeviceGetUUID, handle)),
+                str(self._ask(self._nvml.nvmlDeviceGetName, handle)))
+
+    def _instances(self, handle: Any) -> list[Any] | None:
+        """Return the handles of the MIG instances of a GPU, None if it is not in MIG mode. Raises NVMLError."""
         nvml = self._nvml
         try:
             current, _ = self._ask(nvml.nvmlDeviceGetMigMode, handle)
@@ -1546,14 +1485,11 @@ class Nvml:
             return None
         if current != nvml.NVML_DEVICE_MIG_ENABLE:
             return None
-        uuids = []
+        instances = []
         for index in range(self._ask(nvml.nvmlDeviceGetMaxMigDeviceCount, handle)):  # a capacity, with gaps
-            try:
-                instance = self._ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
-            except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
-                continue
-            uuids.append(self._ask(nvml.nvmlDeviceGetUUID, instance))
-        return uuids
+            with contextlib.suppress(nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
+                instances.append(self._ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index))
+        return instances
 
     def memory(self, gpu: Gpu) -> tuple[float, float]:
         """Return the memory of a GPU in use, and all it has, in MiB. Raises GpuError."""
@@ -1567,14 +1503,6 @@ class Nvml:
         except nvml.NVMLError as error:
             raise GpuError(str(error)) from None
         return memory.used / 2**20, memory.total / 2**20
-
-    def model(self, gpu: Gpu) -> str:
-        """Return the name of the model of a GPU. Raises GpuError."""
-        try:
-            handle = self._ask(self._nvml.nvmlDeviceGetHandleByUUID, gpu.uuid)
-            return str(self._ask(self._nvml.nvmlDeviceGetName, handle))
-        except self._nvml.NVMLError as error:
-            raise GpuError(str(error)) from None
 
     def pids(self, gpu: Gpu) -> list[int]:
         """Return the pids of the compute processes on a GPU, as its driver counts them. Raises GpuError."""
@@ -1605,18 +1533,18 @@ class NvidiaSmi:
     def gpus(self) -> list[Gpu]:
         """Return all GPUs, in the order of nvidia-smi. Raises DriverError."""
         try:
-            rows = self._csv('--query-gpu=index,uuid,mig.mode.current')
+            rows = self._csv('--query-gpu=index,uuid,name,mig.mode.current')
         except DriverError:
-            rows = [[*row, ''] for row in self._csv('--query-gpu=index,uuid')]  # drivers before 450 know no MIG
+            rows = [[*row, ''] for row in self._csv('--query-gpu=index,uuid,name')]  # drivers before 450 know no MIG
         found = []
         for row in rows:
-            if len(row) != 3 or not re.fullmatch('[0-9]{1,9}', row[0]):
+            if len(row) != 4 or not re.fullmatch('[0-9]{1,9}', row[0]):
                 raise DriverError('nvidia-smi says: ' + ', '.join(row))
-            index, uuid, mig = row
+            index, uuid, model, mig = row
             error = '' if uuid.startswith('GPU-') else uuid
             if mig == 'Enabled':
                 error = 'is in MIG mode, for which this needs nvidia-ml-py (pip install nvidia-ml-py)'
-            found.append(Gpu(int(index), uuid, error=error))
+            found.append(Gpu(int(index), uuid, model, error=error))
         return found
 
     def memory(self, gpu: Gpu) -> tuple[float, float]:
@@ -1628,10 +1556,6 @@ class NvidiaSmi:
             except ValueError:
                 raise GpuError(' '.join(row)) from None
         raise GpuError('not found')
-
-    def model(self, gpu: Gpu) -> str:
-        """Return the name of the model of a GPU. Raises GpuError."""
-        return ', '.join(*self._csv('--query-gpu=name', '-i', gpu.uuid)[:1])
 
     def pids(self, gpu: Gpu) -> list[int]:
         """Return the pids of the compute processes on a GPU. Raises GpuError."""
@@ -1845,22 +1769,21 @@ class ResourcePoolGPU(ResourcePoolBase):
             self._reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
         return not busy
 
-    def _look_at_resource(self, ident: Any) -> dict[str, Any]:
+    def look(self, ident: Any) -> dict[str, Any]:
         """Return whether a GPU is free, why if not, its model and its memory."""
         gpu = self._places[ident][0]
-        seen: dict[str, Any] = {'model': None, 'memory_used': None, 'memory_total': None,
+        seen: dict[str, Any] = {'model': gpu.model, 'memory_used': None, 'memory_total': None,
                                 'state': 'busy', 'reason': 'a poller asks whether it is free'}
         ask = self._lock_file(f'{gpu.uuid}.ask')
         asking = None
         with contextlib.suppress(OSError):
             asking = take_lock(ask) if os.path.lexists(ask) else -1  # none: no poller was ever here
         if asking is not None:
-            seen.update(super()._look_at_resource(ident))
+            seen.update(super().look(ident))
             if asking >= 0:
                 os.close(asking)
         with contextlib.suppress(GpuError):
             seen['memory_used'], seen['memory_total'] = map(round, self._driver.memory(gpu))
-            seen['model'] = self._driver.model(gpu)
         return seen
 
     # Several scripts per GPU. Each place has a lock of its own, and the lock of the GPU is shared by the scripts that
@@ -1870,8 +1793,6 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
         """Lock and test as ever, but one poller at a time for each GPU."""
-        if ident in self._spare:
-            return super()._try(ident, test, keep)
         try:
             asking = take_lock(self._lock_file(f'{self._places[ident][0].uuid}.ask'))
         except OSError as error:
@@ -1880,13 +1801,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         if asking is None:
             return False
         try:
-            good = super()._try(ident, test, keep)
-            if good and keep and self.per_gpu > 1 and ident not in self._shared:
-                fd = self._locks[ident][1]
-                with contextlib.suppress(OSError):
-                    write_all(fd, shown(f'shared by scripts of user {os.getuid()} ({self.path})'))
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return good
+            return super()._try(ident, test, keep)
         finally:
             os.close(asking)
 
@@ -1898,45 +1813,69 @@ class ResourcePoolGPU(ResourcePoolBase):
         path = self._lock_file(self._places[ident][0].uuid)
         try:
             fd = take_lock(path)
-            self._shared.discard(ident)
-            if fd is None:
-                fd = take_lock(path, fcntl.LOCK_SH)
+            if fd is not None:
+                self._shared.discard(ident)
+                with contextlib.suppress(OSError):
+                    write_all(fd, shown(f'shared by scripts of user {os.getuid()} ({self.path})'))
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return [*fds, fd]
+            fd = take_lock(path, fcntl.LOCK_SH)
+            if fd is not None:
                 self._shared.add(ident)
+                return [*fds, fd]
+            self._blame(ident, path)
         except OSError:
             os.close(fds[0])
             raise
-        if fd is None:
-            self._blame(ident, path)
-            os.close(fds[0])
-            return None
-        return [*fds, fd]
+        os.close(fds[0])
+        return None
 
 
-# --- Command --------------------------------------------------------------------------------------------------------
+# --- Status: what there is to see, for everybody who may read the folders --------------------------------------------
 
-def positive(text: str) -> int:
-    """Return the number in `text`; raise argparse.ArgumentTypeError where it is none from 1 to 9999."""
-    if not re.fullmatch('0*[1-9][0-9]{0,3}', text):
-        raise argparse.ArgumentTypeError(f'not a whole number from 1 to 9999: {text!r}')
-    return int(text)
+def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
+    """Return the state of the queue of `pool`: what `fastgpu_poll --status --json` prints, see the README.
+
+    Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
+    """
+    queue = pool.queue
+    names = {folder.name: sorted(name for name in os.listdir(folder) if name[0] != '.')
+             for folder in (queue.to_run, queue.running, queue.complete, queue.fail)}
+    runs = [look_at_run(queue, name) for name in names['running']]
+    rows = [{'kind': pool.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None, **pool.look(ident)}
+            for ident in pool.all_ids()]
+    for run in runs:
+        for ident in run['ids'] if run['host'] == queue.host else ():
+            row = next((row for row in rows if (row['kind'], row['id']) == (run['kind'], ident)), None)
+            if row is None:
+                rows.append(row := {'kind': run['kind'] or 'resource', 'id': ident})
+            row.update(state='running', script=run['script'], user=run['user'], seconds=run['seconds'], reason=None)
+    ended = names['complete'] + names['fail']
+    some = [look_at_run(queue, name)['seconds'] for name in ended[::len(ended) // 100 + 1]]
+    known = [seconds for seconds in some if seconds is not None]
+    waiting = len(names['to_run'])
+    left = time_left(sum(known) / len(known), waiting, len(runs) or len(rows)) if known and (waiting or runs) else None
+    last = sorted(names['fail'], key=lambda name: (file_mark(queue.fail / name)[2:], name), reverse=True)[:3]
+    return {
+        'path': str(queue.path), 'host': queue.host, 'poller': is_held(queue.alive), 'resources': rows,
+        'elsewhere': [run for run in runs if run['host'] != queue.host],
+        'counts': {folder: len(scripts) for folder, scripts in names.items()}, 'next': names['to_run'][:3],
+        'failed': [{'script': name, 'stderr': path, 'last_line': last_line(path)}
+                   for name in last for path in [queue.out_file(name, 'stderr')]],
+        'seconds_left': None if left is None else round(left, 1)}
 
 
-def amount(text: str) -> float:
-    """Return the number in `text`; raise argparse.ArgumentTypeError where it is none from 0."""
-    if not re.fullmatch(r'[0-9]+(\.[0-9]*)?', text):
-        raise argparse.ArgumentTypeError(f'not a number of MiB: {text!r}')
-    return float(text)
-
-
-def words(text: str) -> list[str]:
-    """Return the words of the command `text`, split as a shell would; raise argparse.ArgumentTypeError for none."""
-    try:
-        command = shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{text!r}: {error}'.lower()) from None
-    if not command or not shutil.which(command[0]):
-        raise argparse.ArgumentTypeError(f'there is no command {command[0] if command else ""!r}')
-    return command
+def look_at_run(queue: Queue, name: str) -> dict[str, Any]:
+    """Return what the record of the run `name` says, and how long it took or has taken."""
+    record: dict[str, Any] = {}
+    user = seconds = None
+    with contextlib.suppress(OSError, TypeError):
+        with open(open_quietly(queue.out_file(name, 'json')), 'rb') as file:
+            record, user = read_record(file.fileno()), user_name(os.fstat(file.fileno()).st_uid)
+        if record:
+            seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
+    return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
+            'user': user, 'seconds': seconds}
 
 
 def screen(status: dict[str, Any]) -> str:
@@ -1964,6 +1903,33 @@ def screen(status: dict[str, Any]) -> str:
     for failed in status['failed']:
         lines.append(f'failed: {shown(failed["script"])}: {remark(failed["last_line"], failed["stderr"])}')
     return '\n'.join(lines)
+
+
+# --- Command --------------------------------------------------------------------------------------------------------
+
+def positive(text: str) -> int:
+    """Return the number in `text`; raise argparse.ArgumentTypeError where it is none from 1 to 9999."""
+    if not re.fullmatch('0*[1-9][0-9]{0,3}', text):
+        raise argparse.ArgumentTypeError(f'not a whole number from 1 to 9999: {text!r}')
+    return int(text)
+
+
+def amount(text: str) -> float:
+    """Return the number in `text`; raise argparse.ArgumentTypeError where it is none from 0."""
+    if not re.fullmatch(r'[0-9]+(\.[0-9]*)?', text):
+        raise argparse.ArgumentTypeError(f'not a number of MiB: {text!r}')
+    return float(text)
+
+
+def words(text: str) -> list[str]:
+    """Return the words of the command `text`, split as a shell would; raise argparse.ArgumentTypeError for none."""
+    try:
+        command = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r}: {error}'.lower()) from None
+    if not command or not shutil.which(command[0]):
+        raise argparse.ArgumentTypeError(f'there is no command {command[0] if command else ""!r}')
+    return command
 
 
 def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
@@ -2029,7 +1995,7 @@ def main(args: list[str] | None = None) -> int:
                 print(shown(name))
             return 0
         if options.status:
-            status = find_pool(options, only_look=True).status()
+            status = look_at_queue(find_pool(options, only_look=True))
             print(json.dumps(status, default=str, indent=1) if options.json else screen(status))
             return 0
         pool = find_pool(options)

@@ -773,17 +773,6 @@ def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_f
     assert FixedWorkerPool([0], queue.path).find_next() == 0
 
 
-def test_a_lock_that_is_handed_on_but_not_used_is_free_though_a_daemon_holds_a_copy(queue):
-    pool, other = FixedWorkerPool([0, 1], queue.path), FixedWorkerPool([0, 1], queue.path)
-    assert other.lock(1)
-    queue.add('a.sh', f'({queue.gate()}) &')
-    assert pool.run('a.sh', 0)
-    until(lambda: pool._release() or pool._spare)
-    assert pool._lock_some(2) == []
-    assert other.find_next() == 0
-    queue.open_gate()
-
-
 def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(queue):
     queue.add('a.sh', f'({queue.gate()}) &')
     queue.add('b.sh', f'echo; {queue.gate("second")}')
@@ -2329,10 +2318,10 @@ FAKE_SMI = r"""#!/bin/sh
 cd {path}
 [ -e broken ] && {{ cat broken; exit 9; }}
 case "$*" in
-*--query-gpu=index,uuid,mig*)
+*--query-gpu=index,uuid,name,mig*)
     [ -e old ] && {{ echo 'Field "mig.mode.current" is not a valid field to query.'; exit 2; }}
     cat gpus ;;
-*--query-gpu=index,uuid*) sed 's/, [^,]*$//' gpus ;;
+*--query-gpu=index,uuid,name*) sed 's/, [^,]*$//' gpus ;;
 *--query-gpu=memory*) cat "memory.$4" ;;
 *--query-compute-apps*) cat "apps.$4" ;;
 esac
@@ -2352,7 +2341,7 @@ def smi(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(path / 'site'))
     monkeypatch.setenv('FASTGPU_LOCK_DIR', str(tmp_path))
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    (path / 'gpus').write_text(f'0, {A}, [N/A]\n1, {B}, Disabled\n')
+    (path / 'gpus').write_text(f'0, {A}, NVIDIA H100, [N/A]\n1, {B}, NVIDIA H100, Disabled\n')
     for uuid in A, B:
         (path / f'memory.{uuid}').write_text('3, 81559\n')
         (path / f'apps.{uuid}').touch()
@@ -2372,8 +2361,8 @@ def test_one_gpu_that_nvidia_smi_cannot_reach_is_unusable_and_the_driver_not_gon
     assert 'driver is' not in poller.log()
 
 
-@pytest.mark.parametrize('text', ['No devices were found', '[N/A], [N/A], [N/A]', f'0, {A}, a, b',
-                                  '[Unknown Error], x, y'])
+@pytest.mark.parametrize('text', ['No devices were found', '[N/A], [N/A], [N/A], [N/A]', f'0, {A}, a, b, c',
+                                  '[Unknown Error], x, y, z'])
 def test_what_nvidia_smi_should_not_say_is_one_line(smi, queue, text):
     (smi / 'gpus').write_text(f'{text}\n')
     status, log = queue.poll('--exit', '1')
@@ -2413,7 +2402,7 @@ def test_nvidia_smi_has_the_same_rule_and_the_same_messages(smi, queue):
 
 
 def test_a_gpu_in_mig_mode_is_not_used_through_nvidia_smi(smi, queue):
-    (smi / 'gpus').write_text(f'0, {A}, Enabled\n1, {B}, Disabled\n')
+    (smi / 'gpus').write_text(f'0, {A}, NVIDIA H100, Enabled\n1, {B}, NVIDIA H100, Disabled\n')
     queue.add('a.sh', SEES)
     status, log = queue.poll('--exit', '1')
     assert status == 0
