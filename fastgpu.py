@@ -549,22 +549,20 @@ class Queue:
             try:
                 # From the rename on, a name in running/ whose record is not locked has no owner.
                 if not lock_fd(fd, path):
-                    os.close(fd)  # another poller just took it for the record of a crashed one
+                    run.close_record()  # another poller just took it for the record of a crashed one
                     continue
                 run.save()
                 os.rename(f'{self.to_run}/{script}', run.path)
             except BaseException as error:
-                claimed = os.path.lexists(run.path)
                 # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
-                if not (claimed and isinstance(error, FileNotFoundError)):
-                    if not claimed:
-                        os.unlink(path)
-                    os.close(fd)
-                    if isinstance(error, FileNotFoundError) and not os.path.lexists(f'{self.to_run}/{script}'):
-                        return None
-                    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
-                        raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
-                    raise
+                if isinstance(error, FileNotFoundError) and os.path.lexists(run.path):
+                    return run
+                run.unclaim()
+                if isinstance(error, FileNotFoundError) and not os.path.lexists(f'{self.to_run}/{script}'):
+                    return None
+                if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
+                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
+                raise
             return run
         raise AssertionError('unreachable')
 
@@ -598,6 +596,7 @@ class Run:
         self.path = f'{queue.running}/{name}'
         self.ids, self.fd = ids, fd  # what we hold for it: its resources, and its record
         self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
+        self.is_new = False  # whether we started it, and did not log that yet
         self.pidfd: int | None = None
         self.status: int | None = None  # how it ended, for where the shim could not write that
         self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
@@ -621,7 +620,8 @@ class Run:
 
     def close_record(self) -> None:
         """Close it, and with that give the lock on it back, if that is ours alone."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
         self.fd = -1
 
     def save(self) -> None:
@@ -684,29 +684,32 @@ class Run:
             self.process = subprocess.Popen(
                 ['/bin/sh', '-c', SHIM, 'fastgpu', self.out('exitcode'), *command], stdin=subprocess.DEVNULL,
                 stdout=files[0], stderr=files[1], start_new_session=True, pass_fds=(self.fd, *locks), env=environment)
-        except BaseException as error:
-            try:
-                if isinstance(error, OSError):  # nothing was started; of a KeyboardInterrupt that cannot be said
-                    self.unclaim()
-            finally:
-                self.close_record()  # what could not be undone is for the next settle
+        except OSError:
+            self.unclaim()
+            raise
+        except BaseException:
+            self.close_record()  # a KeyboardInterrupt: whether something was started is for the next settle to say
             raise
         finally:
             for fd in files:
                 os.close(fd)
+        self.is_new = True
         self.record['pid'] = self.process.pid
         with contextlib.suppress(OSError):  # a full disk: while we live, we know it
             self.save()
 
     def unclaim(self) -> None:
         """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
-        for kind in ('stdout', 'stderr'):
+        try:
+            for kind in ('stdout', 'stderr'):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.out(kind))
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.out(kind))
-        with contextlib.suppress(FileNotFoundError):
-            safe_rename(self.path, self.queue.to_run, self.script)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.out('json'))
+                safe_rename(self.path, self.queue.to_run, self.script)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.out('json'))
+        finally:
+            self.close_record()
 
     def shim(self) -> int | None:
         """Return the pid of its shim, which is the id of its session, or None if it is not alive."""
@@ -809,7 +812,6 @@ class ResourcePoolBase:
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
-        self._started: list[Run] = []  # those of them that the log does not know yet
         self._elsewhere: dict[str, str] = {}  # what there is to say of those on other hosts
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         # Scripts in to_run that can never start, and why, as long as the file is the same.
@@ -822,7 +824,6 @@ class ResourcePoolBase:
         self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
         self._scripts = Listing(self.queue.to_run)
         self._waiting = False  # whether one of them waits for a moment
-        self._released = False  # whether a resource just became ours to use again
         self._collected_at = 0.0
         self._signals: list[int] = []
         self._stop_at: float | None = None
@@ -980,17 +981,6 @@ class ResourcePoolBase:
         Raises FastgpuError where the script can never run, OSError where the machine cannot start it now; it is in
         to_run then.
         """
-        run = self._run(script, ids)
-        if run:
-            self._log_start(run)
-        return run is not None
-
-    def _log_start(self, run: Run) -> None:
-        """Log that a run has started."""
-        log(f'{self._where(run.record["ids"])}: start {shown(run.name)}')
-
-    def _run(self, script: StrPath, ids: Sequence[Any]) -> Run | None:
-        """Start `script` on `ids`; return its run. The same as `run`, but the log says nothing."""
         taken = [ident for ident in ids for run in self._runs.values() if ident in run.ids]
         if taken:
             raise FastgpuError(f'{self._where(taken)} is in use')
@@ -1005,7 +995,7 @@ class ResourcePoolBase:
         finally:
             if not (run and run.process):
                 self._drop(ids)
-        return run
+        return run is not None
 
     def _launch(self, run: Run, command: Sequence[str]) -> None:
         """Start a claimed run, and take it up."""
@@ -1064,9 +1054,8 @@ class ResourcePoolBase:
         fd = None
         with contextlib.suppress(OSError):
             fd = open_lock(self.queue.alive)
-            for _ in range(10):  # `status` takes it for a moment, to see
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            for _ in range(10):  # --status takes it for a moment, to see
+                if lock_fd(fd, self.queue.alive, fcntl.LOCK_SH):
                     break
                 time.sleep(0.01)
         try:
@@ -1090,12 +1079,8 @@ class ResourcePoolBase:
             if idle:
                 self._scripts.expire()
             # No resource waits for us: the next scripts start before those that have ended are filed.
-            self._released = False
-            self._release()
-            left = not self._signals and self._start()
+            left = self._start(hurry=self._release())
             self._collect()
-            while self._started:
-                self._log_start(self._started.pop(0))
             if not left and not self._runs:
                 for name, text in self._elsewhere.items():
                     self._say(name, text)
@@ -1122,10 +1107,13 @@ class ResourcePoolBase:
         """
         self._signals.append(signum)
 
-    def _start(self) -> bool:
-        """Start what can be started; return whether something is left that waits for a resource or for a moment."""
+    def _start(self, hurry: bool) -> bool:
+        """Start what can be started; return whether something is left that waits for a resource or for a moment.
+
+        In a `hurry`, as a resource waits for us, to_run is listed only if nothing is left of the list.
+        """
         while self._start_at <= time.monotonic() < self._look_at and not self._signals:
-            name = self._next_script()
+            name = self._next_script(hurry)
             if name is None:
                 return self._waiting
             try:
@@ -1137,11 +1125,11 @@ class ResourcePoolBase:
             except OSError as error:
                 self._say('start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
                 self._start_at = time.monotonic() + LOOK_AROUND
-        return True
+        return not self._signals
 
-    def _next_script(self) -> str | None:
+    def _next_script(self, hurry: bool) -> str | None:
         """Return the name of the first script in to_run that can start, None where there is none."""
-        if not (self._scripts.names and self._released) and self._scripts.update():  # not while a resource waits for us
+        if not (hurry and self._scripts.names) and self._scripts.update():
             self._waiting = False
         while self._scripts.names:
             name = self._scripts.names[-1]
@@ -1185,8 +1173,7 @@ class ResourcePoolBase:
             elif not ids:
                 self._say((self.kind, ident), f'{self._where([ident])} {reason}')
         if ids:
-            run = self._run(name, ids)
-            self._started += [run] if run else []
+            self.run(name, *ids)
         elif number > 1:
             self._say(name, f'{shown(name)} waits for {number} {self.kind}s at once, and all behind it wait too')
         return bool(ids)
@@ -1203,8 +1190,9 @@ class ResourcePoolBase:
             if name not in self._runs and name[0] != '.':
                 self._runs[name] = Run(self.queue, name)
 
-    def _release(self) -> None:
-        """Take what those scripts of ours held that have ended."""
+    def _release(self) -> bool:
+        """Give back what those scripts of ours held that have ended; return whether that was anything."""
+        released = False
         for run in self._runs.values():
             if not run.process or run.process.returncode is not None:
                 continue
@@ -1219,13 +1207,17 @@ class ResourcePoolBase:
                 self._drop(run.ids)  # its script may have survived its shim: when the lock ends is for the kernel
             self._unlock_all(run.ids)
             run.ids = ()  # from here on they may be another run's
-            self._released = True
             self._ask_at.clear()  # perhaps that is all that the next script needs
+            released = True
+        return released
 
     def _collect(self, others: bool = False) -> None:
         """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
         self._collected_at = time.monotonic()
         for run in list(self._runs.values()):
+            if run.is_new:
+                run.is_new = False
+                log(f'{self._where(run.record["ids"])}: start {shown(run.name)}')
             if not run.process and not others:
                 continue
             if not run.process:
@@ -1256,11 +1248,11 @@ class ResourcePoolBase:
         if code < 0:
             # Killed before it could write: go on as with a run that we found. A script that kills its own group each
             # time would go round for ever: the second time counts as its end.
-            os.close(run.fd)
+            run.close_record()
             script = run.record['script']
             self._cuts[script] = self._cuts.get(script, 0) + (run.kill_at is None)
             run.status = 128 - code if self._cuts[script] > 1 else None
-            run.process, run.fd = None, -1
+            run.process = None
             self._look_at = 0.0
             return False
         # Its stderr has what the shell said; a script that could end so itself would have an exit code.
@@ -1268,16 +1260,13 @@ class ResourcePoolBase:
             self._say('start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
             self._start_at = time.monotonic() + LOOK_AROUND
             run.unclaim()
-            filed = True
-        else:
-            run.status = code
-            self._cuts.pop(run.record['script'], None)
-            if self._is_stopped_too(run, code, run.exit_code()[1]):
-                return False
-            filed = self._settle(run)
-        if filed:
-            os.close(run.fd)
-        return filed
+            return True
+        run.status = code
+        self._cuts.pop(run.record['script'], None)
+        if self._is_stopped_too(run, code, run.exit_code()[1]) or not self._settle(run):
+            return False
+        run.close_record()
+        return True
 
     def _is_stopped_too(self, run: Run, code: int | None, finished: float) -> bool:
         """Mark a run as stopped that got TERM when we did; return whether it is too early to tell.

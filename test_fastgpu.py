@@ -582,13 +582,13 @@ def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
     queue.add('a.sh')
     code = ('import resource, sys, fastgpu; pool = fastgpu.FixedWorkerPool([0], sys.argv[1])\n'
             'resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))\n'
-            'try: pool.run("a.sh", 0)\n'
+            'try: print(pool.run("a.sh", 0))\n'
             'except OSError as error: print(error.errno)')
     for files in range(4, 20):
         run = subprocess.run([sys.executable, '-c', code, str(queue.path), str(files)], capture_output=True, text=True,
                              env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
         assert run.returncode == 0, run.stderr
-        if 'start a.sh' in run.stderr:
+        if run.stdout == 'True\n':
             break
         assert queue.all() == {'a.sh': 'to_run'}
         assert queue.names('out') == []
