@@ -1220,8 +1220,6 @@ class ResourcePoolBase:
                 log(f'{self._where(run.record["ids"])}: start {shown(run.name)}')
             if not run.process and not others:
                 continue
-            if not run.process:
-                run.kill()
             try:
                 done = self._collect_ours(run, run.process) if run.process else self._collect_other(run)
             except OSError as error:
@@ -1229,8 +1227,7 @@ class ResourcePoolBase:
                 done = not run.process
             if done:
                 del self._runs[run.name]
-            elif (run.kill_at is None and run.taken_out() and run.shim()
-                    and run.exit_code()[0] is None):
+            elif run.kill_at is None and run.taken_out() and run.shim() and run.exit_code()[0] is None:
                 log(f'{self._where(run.record.get("ids", "?"))}: cancel {shown(run.name)}, taken out of running')
                 run.terminate('cancelled')
 
@@ -1283,6 +1280,7 @@ class ResourcePoolBase:
     def _collect_other(self, run: Run) -> bool:
         """Settle a run that we found, if it has ended; return whether there is nothing more to do for us."""
         requeue = mv_command(run.path, self.queue.to_run)
+        run.kill()
         try:
             run.open_record()
         except FileNotFoundError:

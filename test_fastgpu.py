@@ -1,5 +1,8 @@
-"""Tests of fastgpu, in the order of its sections. Real processes, locks, signals and folders; GPUs are those of the
-real nvidia-ml-py on a fake driver library, and real ones under the marker `gpu`."""
+"""Tests of fastgpu, in the order of its sections; what a pool promises is under the rule that it follows from.
+
+Real processes, locks, signals and folders; GPUs are those of the real nvidia-ml-py on a fake driver library, and real
+ones under the marker `gpu`.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -36,7 +39,7 @@ MODULE = Path(fastgpu.__file__)
 FOLDERS = 'to_run', 'running', 'complete', 'fail'
 
 
-# --- Help for the tests: a queue, its pollers, and waiting for something ---------------------------------------------
+# --- Help for the tests: a queue, its pollers, and waiting for something ----------------------------------------------
 
 AS_NOBODY = ('import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
              'sys.exit(fastgpu.main(sys.argv[1:]))')
@@ -157,7 +160,7 @@ def queue(tmp_path):
         poller.wait()
 
 
-# --- Messages -------------------------------------------------------------------------------------------------------
+# --- Messages ---------------------------------------------------------------------------------------------------------
 
 def test_what_is_shown_cannot_garble_a_terminal():
     assert fastgpu.shown('naïve 名 x.sh') == 'naïve 名 x.sh'
@@ -182,7 +185,7 @@ def test_a_log_that_nobody_reads_stops_nothing(queue):
     assert queue.all() == {'a.sh': 'complete'}
 
 
-# --- Folders --------------------------------------------------------------------------------------------------------
+# --- Folders ----------------------------------------------------------------------------------------------------------
 
 def test_setup_dirs_makes_the_five_folders_for_us_alone_to_write(tmp_path):
     old = os.umask(0)
@@ -236,7 +239,7 @@ def test_safe_rename_never_overwrites(tmp_path):
         safe_rename(tmp_path / 'a.sh', dest)
 
 
-# --- Locks ----------------------------------------------------------------------------------------------------------
+# --- Locks ------------------------------------------------------------------------------------------------------------
 
 def test_a_lock_is_held_by_one_and_dropped_with_its_descriptor(tmp_path):
     path = tmp_path / 'l.lock'
@@ -290,7 +293,7 @@ def test_what_a_lock_file_says_of_an_earlier_holder_is_gone_when_it_is_locked(tm
     assert fastgpu.read_note(pool.lock_path(0)) == ''
 
 
-# --- Runs -----------------------------------------------------------------------------------------------------------
+# --- Runs -------------------------------------------------------------------------------------------------------------
 
 def test_a_record_that_a_crash_spoilt_is_none(tmp_path):
     fd = os.open(tmp_path / 'r.json', os.O_RDWR | os.O_CREAT)
@@ -312,7 +315,7 @@ def test_describe(code, text):
     assert fastgpu.describe(code) == text
 
 
-# --- Pools: the original's own checks --------------------------------------------------------------------------------
+# --- Pools: the original's own checks ---------------------------------------------------------------------------------
 
 @pytest.fixture
 def wp(tmp_path):
@@ -398,7 +401,7 @@ def test_run_locks_what_is_not_locked_and_tells_of_a_script_that_is_gone(wp):
     assert queue.record('a.sh')['ids'] == [2]
 
 
-# --- Pools: the life of a script -------------------------------------------------------------------------------------
+# --- Pools: the life of a script --------------------------------------------------------------------------------------
 
 def test_a_run_leaves_its_output_its_status_and_its_record(queue):
     queue.add('a.sh', 'echo out; echo err >&2; cat; exit 3')
@@ -415,11 +418,6 @@ def test_a_run_leaves_its_output_its_status_and_its_record(queue):
     assert [record[key] for key in ('script', 'host', 'ids', 'exitcode')] == ['a.sh', os.uname().nodename, [0], 3]
     assert before - 0.1 <= record['started'] <= record['finished'] <= time.time()
     assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): err \(.*/q/out/a.sh.stderr\)$', log, re.M)
-
-
-def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queue):
-    queue.add('a.sh', 'exit 3')
-    assert queue.poll(cwd=queue.path)[1].count('s): out/a.sh.stderr\n') == 1
 
 
 def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
@@ -443,25 +441,6 @@ def test_slots_are_used_at_once_and_reused(queue):
     queue.open_gate()
     assert poller.wait(30) == 0
     assert sorted(queue.out(f'{name}.stdout') for name in 'abc') == ['0\n', '1\n', '2\n']
-
-
-def test_a_name_used_again_keeps_both_runs(queue):
-    for n in range(3):
-        queue.add('a.sh', f'echo {n}; exit {n}')
-        queue.poll()
-    assert queue.all() == {'a.sh': 'complete', 'a-1.sh': 'fail', 'a-2.sh': 'fail'}
-    assert [queue.out(f'{name}.stdout') for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['0\n', '1\n', '2\n']
-    assert queue.record('a-2.sh')['script'] == 'a.sh'
-
-
-def test_a_name_is_taken_as_long_as_anything_is_left_of_it(queue):
-    (queue.path / 'out' / 'a.sh.stdout').write_text('old')
-    (queue.path / 'fail' / 'a-1.sh').write_text('old')
-    queue.add('a.sh', 'echo new')
-    queue.poll()
-    assert queue.out('a.sh.stdout') == 'old'
-    assert (queue.path / 'fail' / 'a-1.sh').read_text() == 'old'
-    assert queue.out('a-2.sh.stdout') == 'new\n'
 
 
 def test_a_script_without_interpreter_line_runs_under_sh(queue):
@@ -494,14 +473,6 @@ def test_what_is_not_executable_waits_and_is_named_once_and_at_exit(queue):
     assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
     assert log.count('to_run/a.sh waits for its chmod +x') == 1
     assert 'left in to_run: a.sh (not executable)' in log
-
-
-def test_a_script_that_could_not_run_is_looked_at_again_when_it_has_changed(gpus, queue):
-    queue.add('a.sh', '#SBATCH -G two')
-    poller = queue.start('--exit', '0')
-    until(lambda: 'to_run/a.sh cannot run: ' in poller.log())
-    queue.add('a.sh', '#SBATCH -G 2')
-    until(lambda: queue.names('complete') == ['a.sh'])
 
 
 def test_chmod_submits(queue):
@@ -540,117 +511,53 @@ def test_any_name_runs_and_is_logged_escaped(queue, name):
     assert queue.record(name)['script'] == name
 
 
-def test_a_name_too_long_for_its_exitcode_stays_and_is_named(queue):
-    most = os.pathconf(queue.path, 'PC_NAME_MAX')
-    fits, too_long = 'f' * (most - len('.exitcode')), 'e' * (most - len('.exitcode') + 1)
-    queue.add(too_long)
-    queue.add(fits)
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.all() == {too_long: 'to_run', fits: 'complete'}
-    assert log.count('its name is too long, by 1 bytes') == 2
-    assert queue.names('out') == [f'{fits}.{kind}' for kind in ('exitcode', 'json', 'stderr', 'stdout')]
+def test_what_a_script_in_python_prints_is_seen_at_once_unless_it_says_otherwise(queue, monkeypatch):
+    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
+    queue.poll()
+    assert queue.out('a.sh.stdout') == '<1>\n'
+    monkeypatch.setenv('PYTHONUNBUFFERED', '')
+    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
+    queue.poll()
+    assert queue.out('a-1.sh.stdout') == '<>\n'
 
 
-def test_a_script_that_vanishes_between_look_and_claim_leaves_no_trace(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    script = queue.add('a.sh')
-    script.unlink()
-    assert not pool.run(script, 0)
-    assert queue.names('out') == []
-    assert pool.find_next() == 0
+def test_a_wrapper_is_put_before_the_path_as_a_shell_would_split_it_and_runs_no_shell(queue):
+    queue.add('a b.sh', 'echo "$WORD"; exit 7')
+    assert queue.poll('--workers', '1', '--wrapper', "env WORD='a $HOME;  b'")[0] == 1
+    assert queue.out('a b.sh.stdout') == 'a $HOME;  b\n'
+    assert queue.out('a b.sh.exitcode') == '7'
 
 
-def test_a_script_that_cannot_be_started_now_stays_and_is_started_later(queue):
-    # Without room for the files of its output: a stand-in for all that a machine can lack.
-    shutil.rmtree(queue.path / 'out')
-    (queue.path / 'full').mkdir()
-    (queue.path / 'out').symlink_to('full')
+@pytest.mark.parametrize(('wrapper', 'words'), [
+    ('nowhere 4h', "there is no command 'nowhere'"), ('', 'there is no command'), ('"sh', 'no closing quotation')])
+def test_a_wrapper_that_does_not_exist_is_told_at_the_start(queue, wrapper, words):
     queue.add('a.sh')
-    pool = FixedWorkerPool([0], queue.path)
-    (queue.path / 'out').unlink()
-    (queue.path / 'out').symlink_to('elsewhere')
-    with pytest.raises(OSError, match=r'elsewhere|a\.sh'):
-        pool.run(queue.path / 'to_run' / 'a.sh', 0)
+    status, log = queue.poll('--workers', '1', '--wrapper', wrapper)
+    assert status == 2
+    assert words in log
     assert queue.all() == {'a.sh': 'to_run'}
-    (queue.path / 'elsewhere').mkdir()
-    assert pool.poll_scripts() == 0
-    assert queue.all() == {'a.sh': 'complete'}
 
 
-def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
-    queue.add('a.sh')
-    code = ('import resource, sys, fastgpu; pool = fastgpu.FixedWorkerPool([0], sys.argv[1])\n'
-            'resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))\n'
-            'try: print(pool.run("a.sh", 0))\n'
-            'except OSError as error: print(error.errno)')
-    for files in range(4, 20):
-        run = subprocess.run([sys.executable, '-c', code, str(queue.path), str(files)], capture_output=True, text=True,
-                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
-        assert run.returncode == 0, run.stderr
-        if run.stdout == 'True\n':
-            break
-        assert queue.all() == {'a.sh': 'to_run'}
-        assert queue.names('out') == []
-    assert files > 6
-    assert list(queue.all()) == ['a.sh']
+# --- Rule 1: nothing is lost, whatever is killed or full --------------------------------------------------------------
+
+def test_a_name_used_again_keeps_both_runs(queue):
+    for n in range(3):
+        queue.add('a.sh', f'echo {n}; exit {n}')
+        queue.poll()
+    assert queue.all() == {'a.sh': 'complete', 'a-1.sh': 'fail', 'a-2.sh': 'fail'}
+    assert [queue.out(f'{name}.stdout') for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['0\n', '1\n', '2\n']
+    assert queue.record('a-2.sh')['script'] == 'a.sh'
 
 
-# --- Pools: killed pollers ------------------------------------------------------------------------------------------
-
-def test_a_resource_is_not_given_to_a_second_script(wp):
-    queue = Queue(wp.path)
-    for name in 'ab':
-        queue.add(name, queue.gate())
-    assert wp.run('a', 0)
-    with pytest.raises(FastgpuError, match='worker 0 is in use'):
-        wp.run('b', 0)
-    assert FixedWorkerPool([0], wp.path).lock_next() is None
-    queue.open_gate()
-    assert wp.poll_scripts() == 0
-
-
-def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
-    queue.add('ends-well.sh', queue.gate('one') + 'echo well')
-    queue.add('fails.sh', queue.gate('one') + 'echo bad; exit 7')
-    queue.add('runs-on.sh', queue.gate('two') + 'echo on; exit 8')
-    queue.add('waits.sh', 'echo waited')
-    first = queue.start('--workers', '3')
-    until(lambda: len(queue.names('running')) == 3 and all('pid' in queue.record(n) for n in queue.names('running')))
-    first.kill()
-    first.wait()
-    queue.open_gate('one')
-    until(lambda: queue.has_out('ends-well.sh.exitcode') and queue.has_out('fails.sh.exitcode'))
-    assert len(queue.names('running')) == 3
-    second = queue.start('--workers', '3')
-    until(lambda: queue.all() == {'ends-well.sh': 'complete', 'fails.sh': 'fail', 'runs-on.sh': 'running',
-                                  'waits.sh': 'complete'})
-    until(lambda: 'waiting for runs-on.sh, which runs without this poller' in second.log())
-    assert second.poll() is None
-    queue.open_gate('two')
-    assert second.wait(30) == 1
-    assert queue.all()['runs-on.sh'] == 'fail'
-    assert [queue.out(f'{name}.sh.exitcode') for name in ('ends-well', 'fails', 'runs-on')] == ['0', '7', '8']
-    assert queue.out('runs-on.sh.stdout') == 'on\n'
-    record = queue.record('runs-on.sh')
-    assert record['exitcode'] == 8
-    assert record['finished'] == round((queue.path / 'out' / 'runs-on.sh.exitcode').stat().st_mtime, 3)
-
-
-def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
-    queue.add('a.sh', queue.gate())
-    queue.add('b.sh', '')
-    first = queue.start('--workers', '1')
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    let_be_noted(queue.path, 'a.sh')
-    first.kill()
-    first.wait()
-    second = queue.start('--workers', '1')
-    until(lambda: 'worker 0 busy: runs a.sh of user' in second.log())
-    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
-    queue.open_gate()
-    assert second.wait(30) == 0
-    assert queue.record('b.sh')['started'] >= queue.record('a.sh')['finished']
+def test_a_name_is_taken_as_long_as_anything_is_left_of_it(queue):
+    (queue.path / 'out' / 'a.sh.stdout').write_text('old')
+    (queue.path / 'fail' / 'a-1.sh').write_text('old')
+    queue.add('a.sh', 'echo new')
+    queue.poll()
+    assert queue.out('a.sh.stdout') == 'old'
+    assert (queue.path / 'fail' / 'a-1.sh').read_text() == 'old'
+    assert queue.out('a-2.sh.stdout') == 'new\n'
 
 
 def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
@@ -686,315 +593,14 @@ def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
     assert 'requeue a.sh as a-1.sh (cut off' in second.log()
 
 
-def test_a_shim_killed_alone_keeps_its_script_and_its_slot(queue):
-    queue.add('a.sh', 'echo $$; ' + queue.gate())
-    queue.add('b.sh')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    os.kill(queue.pid('a.sh'), signal.SIGKILL)
-    until(lambda: 'worker 0 busy' in poller.log())
-    queue.let_look(poller)
-    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
-    assert 'requeue' not in poller.log()
-    queue.open_gate()
-    assert poller.wait(30) == 0
-    assert queue.all() == {'a-1.sh': 'complete', 'b.sh': 'complete'}
+def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue):
+    queue.add('a.sh', 'kill -9 0')
+    status, log = queue.poll('--workers', '1')
+    assert status == 1
+    assert queue.all() == {'a-1.sh': 'fail'}
+    assert queue.out('a-1.sh.exitcode') == '137'
+    assert 'requeue a.sh (cut off' in log
 
-
-def test_a_crash_before_the_rename_leaves_nothing(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    queue.add('a.sh', 'echo once')
-    if os.fork() == 0:
-        os.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-        pool.run('a.sh', 0)
-    os.wait()
-    assert queue.names('out') == ['a.sh.json']
-    assert queue.all() == {'a.sh': 'to_run'}
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a.sh': 'complete'}
-    assert queue.out('a.sh.stdout') == 'once\n'
-
-
-def test_a_crash_between_rename_and_launch_puts_the_script_back(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    queue.add('a.sh', 'echo once')
-    if os.fork() == 0:
-        subprocess.Popen = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-        pool.run('a.sh', 0)
-    os.wait()
-    assert queue.all() == {'a.sh': 'running'}
-    assert queue.poll()[0] == 0
-    assert [queue.out(f'{name}.stdout') for name in queue.all()] == ['once\n']
-    assert list(queue.all().values()) == ['complete']
-
-
-def test_a_live_claim_is_no_stray(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    assert pool.lock(0)
-    queue.add('a.sh')
-    run = pool.queue.claim('a.sh', 'worker', [0])
-    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')  # as before its rename
-    FixedWorkerPool([0], queue.path).queue.remove_strays()
-    assert queue.names('out') == ['a.sh.json']
-    os.close(run.fd)
-    FixedWorkerPool([0], queue.path).queue.remove_strays()
-    assert queue.names('out') == []
-
-
-def test_runs_of_another_host_are_left_alone_and_named(queue):
-    queue.add('a.sh')
-    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
-    record = {'script': 'a.sh', 'host': 'far\x1baway', 'ids': [0], 'started': 1.0, 'pid': 1}
-    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
-    status, log = queue.poll()
-    assert status == 0
-    assert queue.all() == {'a.sh': 'running'}
-    command = f'mv {queue.path}/running/a.sh {queue.path}/to_run/'
-    assert f'a.sh runs on far\\x1baway; if that host is gone: {command}\n' in log
-    subprocess.run(command, shell=True, check=True)
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a-1.sh': 'complete'}
-
-
-def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
-    queue.add('a.sh')
-    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
-    status, log = queue.poll()
-    assert status == 0
-    assert queue.all() == {'a.sh': 'running'}
-    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
-
-
-def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_free(queue):
-    queue.add('a.sh', f'({queue.gate()}) & echo started')
-    queue.add('b.sh')
-    assert queue.poll('--workers', '1')[0] == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-    assert FixedWorkerPool([0], queue.path).find_next() == 0
-
-
-def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(queue):
-    queue.add('a.sh', f'({queue.gate()}) &')
-    queue.add('b.sh', f'echo; {queue.gate("second")}')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('b.sh.stdout'))
-    poller.kill()
-    poller.wait()
-    queue.open_gate('second')
-    until(lambda: queue.has_out('b.sh.exitcode'))
-    until(lambda: FixedWorkerPool([0], queue.path).find_next() == 0)
-    queue.open_gate()
-
-
-def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
-    queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
-    first = queue.start('--workers', '1')
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    first.kill()
-    first.wait()
-    queue.open_gate('one')
-    assert queue.poll('--workers', '1')[0] == 1
-    assert queue.all() == {'a.sh': 'fail'}
-
-
-# --- Pools: many pollers --------------------------------------------------------------------------------------------
-
-def test_two_pollers_run_200_scripts_once_each(queue):
-    ran = queue.path / 'ran'
-    for n in range(200):
-        queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {ran}')
-    pollers = [queue.start('--workers', '2') for _ in range(2)]
-    assert [poller.wait(60) for poller in pollers] == [0, 0]
-    assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(200)})
-    assert set(queue.all().values()) == {'complete'}
-    assert len(queue.names('complete')) == 200
-    assert len(queue.names('out')) == 800
-
-
-def test_two_pollers_on_one_host_share_the_slots(queue):
-    for name in 'abcd':
-        queue.add(name, queue.gate())
-    pollers = [queue.start('--workers', '2') for _ in range(2)]
-    until(lambda: len(queue.names('running')) == 2 and any('busy: runs' in poller.log() for poller in pollers))
-    assert len(queue.names('to_run')) == 2
-    queue.open_gate()
-    assert [poller.wait(30) for poller in pollers] == [0, 0]
-    assert set(queue.all().values()) == {'complete'}
-
-
-# --- Pools: signals -------------------------------------------------------------------------------------------------
-
-TRAP = 'trap "echo saved; exit {}" TERM; echo ready; while :; do sleep 0.01; done'
-
-
-def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
-    queue.add('a.sh', 'echo ready; ' + queue.gate())
-    queue.add('b.sh')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: waiting for 1 script (again: stop)' in poller.log())
-    queue.open_gate()
-    assert poller.wait(30) == 130
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
-    assert poller.log().count('interrupted') == 1
-
-
-def test_a_signal_is_heeded_while_there_is_always_something_to_start(gpus, queue):
-    for gpu in gpus.gpus:
-        gpu['delay'] = 0.05
-    gpus.save()
-    for n in range(60):
-        queue.add(f'{n:02}')
-    poller = queue.start('--exit', '1')
-    until(lambda: queue.names('complete'))
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
-    assert len(queue.names('to_run')) > 20
-
-
-def test_a_signal_with_nothing_running_ends_the_poller_without_ado(queue):
-    poller = queue.start('--workers', '1', '--exit', '0')
-    queue.let_look(poller)
-    poller.send_signal(signal.SIGINT)
-    assert poller.wait(30) == 130
-    assert poller.log().splitlines()[-1].endswith(f'nothing to run in {queue.path}/to_run')
-
-
-@pytest.mark.parametrize(('signals', 'status'), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
-def test_stop_terminates_requeues_what_failed_and_files_what_ended_well(queue, signals, status):
-    queue.add('dies.sh', 'echo ready; sleep 1000')
-    queue.add('saves.sh', TRAP.format(0))
-    queue.add('fails.sh', TRAP.format(9))
-    queue.add('waits.sh')
-    poller = queue.start('--workers', '3')
-    until(lambda: all(queue.has_out(f'{name}.sh.stdout') for name in ('dies', 'saves', 'fails')))
-    for signum in signals:
-        poller.send_signal(signum)
-        until(lambda: 'interrupted' in poller.log() or 'stopping' in poller.log())
-    assert poller.wait(30) == status
-    assert 'stopping 3 scripts: TERM now, KILL in 10 s' in poller.log()
-    assert queue.all() == {'dies.sh': 'to_run', 'fails.sh': 'to_run', 'saves.sh': 'complete', 'waits.sh': 'to_run'}
-    assert queue.out('dies.sh.exitcode') == '143'
-    assert queue.out('saves.sh.stdout') == queue.out('fails.sh.stdout') == 'ready\nsaved\n'
-
-
-@pytest.mark.parametrize('first', ['script', 'poller'])
-def test_a_term_for_all_processes_at_once_puts_the_scripts_back_whoever_gets_it_first(queue, first):
-    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    group = queue.pid('a.sh')
-    if first == 'script':
-        os.killpg(group, signal.SIGTERM)
-        os.killpg(group, signal.SIGCONT)
-        until(lambda: queue.has_out('a.sh.exitcode'))
-        poller.send_signal(signal.SIGTERM)
-    else:
-        poller.send_signal(signal.SIGSTOP)
-        poller.send_signal(signal.SIGTERM)
-        os.killpg(group, signal.SIGTERM)
-        os.killpg(group, signal.SIGCONT)
-        until(lambda: queue.has_out('a.sh.exitcode'))
-        poller.send_signal(signal.SIGCONT)
-    assert poller.wait(30) == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-
-
-def test_a_term_for_all_puts_the_scripts_of_an_earlier_poller_back_too(queue):
-    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
-    first = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    group = queue.pid('a.sh')
-    first.kill()
-    first.wait()
-    second = queue.start('--workers', '1')
-    until(lambda: 'waiting for a.sh' in second.log())
-    os.killpg(group, signal.SIGTERM)
-    os.killpg(group, signal.SIGCONT)
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(30) == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-
-
-def test_stop_kills_what_ignores_term(queue, monkeypatch):
-    monkeypatch.setattr(fastgpu, 'GRACE', 0.2)
-    queue.add('a.sh', 'trap "" TERM; while :; do sleep 0.01; done')
-    pool = FixedWorkerPool([0], queue.path)
-    assert pool.run('a.sh', 0)
-    until(lambda: b'sleep' in subprocess.check_output(['ps', '-o', 'args=', '-g', str(queue.pid('a.sh'))]))
-    pool.interrupt(signal.SIGTERM)
-    assert pool.poll_scripts() == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-    assert pool.find_next() == 0
-    assert not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}')
-
-
-def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
-    queue.add('a.sh', 'trap "echo caught; sleep 0.5; exit 1" TERM; echo ready; while :; do sleep 0.01; done')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    poller.send_signal(signal.SIGTERM)
-    until(lambda: 'caught' in queue.out('a.sh.stdout'))
-    poller.kill()
-    poller.wait()
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    poller = queue.start('--workers', '1')
-    until(lambda: 'requeue a.sh (status 1' in poller.log())
-
-
-@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGKILL])
-def test_hup_and_kill_of_the_poller_leave_the_scripts_running(queue, signum):
-    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    poller.send_signal(signum)
-    assert poller.wait(30) == -signum
-    queue.open_gate()
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    assert queue.out('a.sh.stdout') == 'ready\nend\n'
-
-
-def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
-    queue.add('a.sh', TRAP.format(6))
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    poller.kill()
-    poller.wait()
-    os.killpg(queue.pid('a.sh'), signal.SIGTERM)
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    assert queue.out('a.sh.exitcode') == '6'
-
-
-def test_grandchildren_die_with_a_script_that_is_stopped(queue):
-    queue.add('a.sh', '(trap "" TERM; sh -c "echo \\$PPID"; while :; do sleep 0.01; done) & wait')
-    poller = queue.start('--workers', '1')
-    grandchild = int(until(lambda: queue.has_out('a.sh.stdout')))
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-    until(lambda: not os.path.exists(f'/proc/{grandchild}'))
-
-
-def test_what_cannot_be_filed_does_not_keep_the_poller_from_being_stopped(queue):
-    queue.add('a.sh', 'exit 3')
-    (queue.path / 'fail').rmdir()
-    (queue.path / 'fail').touch()
-    poller = queue.start('--workers', '1', command=(sys.executable, '-c', (
-        'import fastgpu, sys; fastgpu.check_dirs = lambda *_: None\n'
-        'fastgpu.setup_dirs = lambda p: [fastgpu.Path(p) / n for n in "to_run running complete fail out".split()]\n'
-        'sys.exit(fastgpu.main())')), cwd=MODULE.parent)
-    until(lambda: 'cannot file a.sh now: ' in poller.log())
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(fastgpu.GRACE + 5) == 143  # not only when it gives up on what it killed
-    assert queue.names('running') == ['a.sh']
-    (queue.path / 'fail').unlink()
-    assert queue.poll()[0] == 1
-    assert queue.all() == {'a.sh': 'fail'}  # it failed before it was stopped
-
-
-# --- Rule 1 and 2: a crash of the poller at every step ---------------------------------------------------------------
 
 CRASH = """
 import os, signal, sys, fastgpu
@@ -1045,84 +651,6 @@ def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, s
     assert code == 1
     assert number > 24
 
-
-def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue):
-    queue.add('a.sh', 'kill -9 0')
-    status, log = queue.poll('--workers', '1')
-    assert status == 1
-    assert queue.all() == {'a-1.sh': 'fail'}
-    assert queue.out('a-1.sh.exitcode') == '137'
-    assert 'requeue a.sh (cut off' in log
-
-
-@pytest.mark.parametrize('signum', ['USR1', 'USR2', 'ALRM', 'PIPE', 'QUIT', 'HUP', 'INT', 'TERM'])
-def test_a_signal_to_its_group_is_for_the_script_to_handle(queue, signum):
-    queue.add('a.sh', f'trap "echo caught" {signum}; kill -{signum} 0; echo done')
-    assert queue.poll()[0] == 0
-    assert queue.out('a.sh.stdout') == 'caught\ndone\n'
-
-
-def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
-    queue.add('a.sh', queue.gate())
-    command = f'exec {sys.executable} {MODULE} --workers 1 --path {queue.path} <&- >&- 2>&-'
-    first = subprocess.Popen(['/bin/sh', '-c', command])
-    queue.pollers.append(first)
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    let_be_noted(queue.path, 'a.sh')
-    first.kill()
-    first.wait()
-    queue.add('b.sh')
-    second = queue.start('--workers', '1')
-    until(lambda: 'worker 0 busy: runs a.sh' in second.log())
-    queue.let_look(second)
-    queue.open_gate()
-    assert second.wait(30) == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-
-
-def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queue):
-    queue.add('cut.sh', f'echo run >> {queue.path}/ran; ' + queue.gate('never'))
-    queue.add('ended.sh', queue.gate() + 'exit 4')
-    first = queue.start('--workers', '2')
-    until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
-    queue.pid('cut.sh')
-    queue.pid('ended.sh')
-    first.send_signal(signal.SIGSTOP)
-    queue.open_gate()
-    until(lambda: queue.has_out('ended.sh.exitcode'))
-    first.kill()
-    first.wait()
-    os.killpg(queue.pid('cut.sh'), signal.SIGKILL)
-    assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
-    queue.open_gate('never')
-    assert queue.poll()[0] == 1
-    assert queue.all() == {'cut-1.sh': 'complete', 'ended.sh': 'fail'}
-    assert (queue.path / 'ran').read_text() == 'run\nrun\n'
-
-
-def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_script(queue):
-    queue.add('a.sh', queue.gate())
-    queue.add('b.sh')
-    pool = FixedWorkerPool([0], queue.path)
-    popen = subprocess.Popen.__init__
-
-    def interrupted(*args, **kwargs):
-        popen(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    subprocess.Popen.__init__ = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            pool.poll_scripts()
-    finally:
-        subprocess.Popen.__init__ = popen
-    assert pool.lock_next() is None
-    queue.open_gate()
-    assert pool.poll_scripts() == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-
-
-# --- Rule 6: machine trouble -----------------------------------------------------------------------------------------
 
 @pytest.fixture
 def small_disk(tmp_path):
@@ -1244,6 +772,41 @@ def test_no_process_for_a_script_delays_its_start():
         assert queue.out('a.sh.exitcode') == '3'
 
 
+def test_a_script_that_cannot_be_started_now_stays_and_is_started_later(queue):
+    # Without room for the files of its output: a stand-in for all that a machine can lack.
+    shutil.rmtree(queue.path / 'out')
+    (queue.path / 'full').mkdir()
+    (queue.path / 'out').symlink_to('full')
+    queue.add('a.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    (queue.path / 'out').unlink()
+    (queue.path / 'out').symlink_to('elsewhere')
+    with pytest.raises(OSError, match=r'elsewhere|a\.sh'):
+        pool.run(queue.path / 'to_run' / 'a.sh', 0)
+    assert queue.all() == {'a.sh': 'to_run'}
+    (queue.path / 'elsewhere').mkdir()
+    assert pool.poll_scripts() == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
+    queue.add('a.sh')
+    code = ('import resource, sys, fastgpu; pool = fastgpu.FixedWorkerPool([0], sys.argv[1])\n'
+            'resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))\n'
+            'try: print(pool.run("a.sh", 0))\n'
+            'except OSError as error: print(error.errno)')
+    for files in range(4, 20):
+        run = subprocess.run([sys.executable, '-c', code, str(queue.path), str(files)], capture_output=True, text=True,
+                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+        assert run.returncode == 0, run.stderr
+        if run.stdout == 'True\n':
+            break
+        assert queue.all() == {'a.sh': 'to_run'}
+        assert queue.names('out') == []
+    assert files > 6
+    assert list(queue.all()) == ['a.sh']
+
+
 def test_a_folder_that_vanishes_is_made_again(queue):
     queue.add('a.sh', queue.gate())
     queue.add('b.sh')
@@ -1264,6 +827,379 @@ def test_a_queue_that_vanishes_ends_its_poller_with_one_line(queue):
     assert 'Traceback' not in poller.log()
 
 
+# --- Rule 2: each script runs once, on one host or on several ---------------------------------------------------------
+
+def test_two_pollers_run_200_scripts_once_each(queue):
+    ran = queue.path / 'ran'
+    for n in range(200):
+        queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {ran}')
+    pollers = [queue.start('--workers', '2') for _ in range(2)]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(200)})
+    assert set(queue.all().values()) == {'complete'}
+    assert len(queue.names('complete')) == 200
+    assert len(queue.names('out')) == 800
+
+
+def test_a_live_claim_is_no_stray(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    assert pool.lock(0)
+    queue.add('a.sh')
+    run = pool.queue.claim('a.sh', 'worker', [0])
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')  # as before its rename
+    FixedWorkerPool([0], queue.path).queue.remove_strays()
+    assert queue.names('out') == ['a.sh.json']
+    os.close(run.fd)
+    FixedWorkerPool([0], queue.path).queue.remove_strays()
+    assert queue.names('out') == []
+
+
+def test_a_script_that_vanishes_between_look_and_claim_leaves_no_trace(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    script = queue.add('a.sh')
+    script.unlink()
+    assert not pool.run(script, 0)
+    assert queue.names('out') == []
+    assert pool.find_next() == 0
+
+
+def test_runs_of_another_host_are_left_alone_and_named(queue):
+    queue.add('a.sh')
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', 'host': 'far\x1baway', 'ids': [0], 'started': 1.0, 'pid': 1}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh': 'running'}
+    command = f'mv {queue.path}/running/a.sh {queue.path}/to_run/'
+    assert f'a.sh runs on far\\x1baway; if that host is gone: {command}\n' in log
+    subprocess.run(command, shell=True, check=True)
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a-1.sh': 'complete'}
+
+
+def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
+    queue.add('a.sh')
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh': 'running'}
+    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
+
+
+def test_an_edited_record_does_not_make_its_script_run_twice(queue):
+    queue.add('a.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
+    first = queue.start('--workers', '1')
+    until(lambda: (queue.path / 'ran').exists() and 'pid' in queue.record('a.sh'))
+    record = queue.path / 'out' / 'a.sh.json'
+    shutil.copy(record, record.with_suffix('.new'))
+    os.rename(record.with_suffix('.new'), record)  # as editors do: a new file, which nobody locks
+    second = queue.start('--workers', '2')
+    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
+    queue.open_gate()
+    assert [first.wait(30), second.wait(30)] == [0, 0]
+    assert queue.all() == {'a.sh': 'complete'}
+    assert (queue.path / 'ran').read_text() == 'run\n'
+
+
+def on_host(name):
+    """Return the words that start a poller on a host of that name."""
+    words = ['unshare', '--uts', 'sh', '-c', 'hostname "$0" && exec "$@"', name]
+    if os.getuid() or subprocess.run([*words, 'true'], check=False, capture_output=True).returncode:
+        pytest.skip('cannot make another host name here')
+    return (*words, sys.executable, str(MODULE))
+
+
+def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue):
+    for n in range(40):
+        queue.add(f'{n:02}', f'echo {n} >> {queue.path}/ran')
+    queue.add('00', f'echo 0 >> {queue.path}/ran; ' + queue.gate())
+    pollers = [queue.start('--workers', '1', command=on_host(name)) for name in ('one', 'two')]
+    until(lambda: len(queue.names('complete')) == 39)
+    owner = ['one', 'two'].index(queue.record('00')['host'])
+    other = pollers[1 - owner]
+    assert other.wait(30) == 0  # what runs elsewhere is not waited for
+    assert queue.names('running') == ['00']
+    pollers[owner].kill()
+    pollers[owner].wait()
+    os.killpg(queue.pid('00'), signal.SIGKILL)
+    third = queue.start('--workers', '1', command=on_host(['one', 'two'][1 - owner]))
+    assert third.wait(30) == 0
+    assert queue.names('running') == ['00']
+    command = re.search(f'00 runs on {["one", "two"][owner]}; if that host is gone: (mv .*)', third.log())[1]
+    subprocess.run(command, shell=True, check=True)
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert sorted(map(int, (queue.path / 'ran').read_text().split())) == sorted([0, *range(40)])
+
+
+# --- Rule 3: a resource has one owner (for GPUs, see below) -----------------------------------------------------------
+
+def test_a_resource_is_not_given_to_a_second_script(wp):
+    queue = Queue(wp.path)
+    for name in 'ab':
+        queue.add(name, queue.gate())
+    assert wp.run('a', 0)
+    with pytest.raises(FastgpuError, match='worker 0 is in use'):
+        wp.run('b', 0)
+    assert FixedWorkerPool([0], wp.path).lock_next() is None
+    queue.open_gate()
+    assert wp.poll_scripts() == 0
+
+
+def test_two_pollers_on_one_host_share_the_slots(queue):
+    for name in 'abcd':
+        queue.add(name, queue.gate())
+    pollers = [queue.start('--workers', '2') for _ in range(2)]
+    until(lambda: len(queue.names('running')) == 2 and any('busy: runs' in poller.log() for poller in pollers))
+    assert len(queue.names('to_run')) == 2
+    queue.open_gate()
+    assert [poller.wait(30) for poller in pollers] == [0, 0]
+    assert set(queue.all().values()) == {'complete'}
+
+
+def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh', '')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    let_be_noted(queue.path, 'a.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'worker 0 busy: runs a.sh of user' in second.log())
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.record('b.sh')['started'] >= queue.record('a.sh')['finished']
+
+
+def test_a_shim_killed_alone_keeps_its_script_and_its_slot(queue):
+    queue.add('a.sh', 'echo $$; ' + queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    os.kill(queue.pid('a.sh'), signal.SIGKILL)
+    until(lambda: 'worker 0 busy' in poller.log())
+    queue.let_look(poller)
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
+    assert 'requeue' not in poller.log()
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert queue.all() == {'a-1.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
+    queue.add('a.sh', queue.gate())
+    command = f'exec {sys.executable} {MODULE} --workers 1 --path {queue.path} <&- >&- 2>&-'
+    first = subprocess.Popen(['/bin/sh', '-c', command])
+    queue.pollers.append(first)
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    let_be_noted(queue.path, 'a.sh')
+    first.kill()
+    first.wait()
+    queue.add('b.sh')
+    second = queue.start('--workers', '1')
+    until(lambda: 'worker 0 busy: runs a.sh' in second.log())
+    queue.let_look(second)
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_free(queue):
+    queue.add('a.sh', f'({queue.gate()}) & echo started')
+    queue.add('b.sh')
+    assert queue.poll('--workers', '1')[0] == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+    assert FixedWorkerPool([0], queue.path).find_next() == 0
+
+
+def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(queue):
+    queue.add('a.sh', f'({queue.gate()}) &')
+    queue.add('b.sh', f'echo; {queue.gate("second")}')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('b.sh.stdout'))
+    poller.kill()
+    poller.wait()
+    queue.open_gate('second')
+    until(lambda: queue.has_out('b.sh.exitcode'))
+    until(lambda: FixedWorkerPool([0], queue.path).find_next() == 0)
+    queue.open_gate()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_no_other_user_can_free_a_gpu_or_make_us_write_to_our_own_files(tmp_path):
+    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
+        os.chmod(path, 0o1777)
+        lock = Path(path) / 'fastgpu-X.lock'
+        fd = fastgpu.take_lock(lock)
+        attack = f"""
+import fcntl, os, sys
+os.setgid(65534); os.setuid(65534)
+for attempt in (lambda: os.unlink({str(lock)!r}), lambda: os.rename({str(lock)!r}, {str(lock)!r} + '2'),
+                lambda: os.chmod({str(lock)!r}, 0),
+                lambda: fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)):
+    try:
+        attempt()
+    except OSError:
+        continue
+    sys.exit('it worked')
+fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_UN)
+open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
+"""
+        subprocess.run([sys.executable, '-c', attack], check=True)
+        assert fastgpu.take_lock(lock) is None
+        assert fastgpu.read_note(lock) == r'\x1b[2Jnobody uses this'
+        os.close(fd)
+        os.chown(lock, 65534, 65534)  # a file that another user made is as good
+        os.chmod(lock, 0o666)
+        fd = fastgpu.take_lock(lock)
+        assert fd is not None
+        os.close(fd)
+
+
+# --- Rule 4: killing the poller kills no work -------------------------------------------------------------------------
+
+def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
+    queue.add('ends-well.sh', queue.gate('one') + 'echo well')
+    queue.add('fails.sh', queue.gate('one') + 'echo bad; exit 7')
+    queue.add('runs-on.sh', queue.gate('two') + 'echo on; exit 8')
+    queue.add('waits.sh', 'echo waited')
+    first = queue.start('--workers', '3')
+    until(lambda: len(queue.names('running')) == 3 and all('pid' in queue.record(n) for n in queue.names('running')))
+    first.kill()
+    first.wait()
+    queue.open_gate('one')
+    until(lambda: queue.has_out('ends-well.sh.exitcode') and queue.has_out('fails.sh.exitcode'))
+    assert len(queue.names('running')) == 3
+    second = queue.start('--workers', '3')
+    until(lambda: queue.all() == {'ends-well.sh': 'complete', 'fails.sh': 'fail', 'runs-on.sh': 'running',
+                                  'waits.sh': 'complete'})
+    until(lambda: 'waiting for runs-on.sh, which runs without this poller' in second.log())
+    assert second.poll() is None
+    queue.open_gate('two')
+    assert second.wait(30) == 1
+    assert queue.all()['runs-on.sh'] == 'fail'
+    assert [queue.out(f'{name}.sh.exitcode') for name in ('ends-well', 'fails', 'runs-on')] == ['0', '7', '8']
+    assert queue.out('runs-on.sh.stdout') == 'on\n'
+    record = queue.record('runs-on.sh')
+    assert record['exitcode'] == 8
+    assert record['finished'] == round((queue.path / 'out' / 'runs-on.sh.exitcode').stat().st_mtime, 3)
+
+
+@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGKILL])
+def test_hup_and_kill_of_the_poller_leave_the_scripts_running(queue, signum):
+    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signum)
+    assert poller.wait(30) == -signum
+    queue.open_gate()
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.out('a.sh.stdout') == 'ready\nend\n'
+
+
+def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
+    queue.add('a.sh', TRAP.format(6))
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    poller.kill()
+    poller.wait()
+    os.killpg(queue.pid('a.sh'), signal.SIGTERM)
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.out('a.sh.exitcode') == '6'
+
+
+@pytest.mark.parametrize('signum', ['USR1', 'USR2', 'ALRM', 'PIPE', 'QUIT', 'HUP', 'INT', 'TERM'])
+def test_a_signal_to_its_group_is_for_the_script_to_handle(queue, signum):
+    queue.add('a.sh', f'trap "echo caught" {signum}; kill -{signum} 0; echo done')
+    assert queue.poll()[0] == 0
+    assert queue.out('a.sh.stdout') == 'caught\ndone\n'
+
+
+def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_script(queue):
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    popen = subprocess.Popen.__init__
+
+    def interrupted(*args, **kwargs):
+        popen(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    subprocess.Popen.__init__ = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool.poll_scripts()
+    finally:
+        subprocess.Popen.__init__ = popen
+    assert pool.lock_next() is None
+    queue.open_gate()
+    assert pool.poll_scripts() == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+# --- Rule 5: nothing goes stale ---------------------------------------------------------------------------------------
+
+def test_a_crash_before_the_rename_leaves_nothing(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    queue.add('a.sh', 'echo once')
+    if os.fork() == 0:
+        os.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        pool.run('a.sh', 0)
+    os.wait()
+    assert queue.names('out') == ['a.sh.json']
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete'}
+    assert queue.out('a.sh.stdout') == 'once\n'
+
+
+def test_a_crash_between_rename_and_launch_puts_the_script_back(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    queue.add('a.sh', 'echo once')
+    if os.fork() == 0:
+        subprocess.Popen = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        pool.run('a.sh', 0)
+    os.wait()
+    assert queue.all() == {'a.sh': 'running'}
+    assert queue.poll()[0] == 0
+    assert [queue.out(f'{name}.stdout') for name in queue.all()] == ['once\n']
+    assert list(queue.all().values()) == ['complete']
+
+
+def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
+    queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    first.kill()
+    first.wait()
+    queue.open_gate('one')
+    assert queue.poll('--workers', '1')[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}
+
+
+def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queue):
+    queue.add('cut.sh', f'echo run >> {queue.path}/ran; ' + queue.gate('never'))
+    queue.add('ended.sh', queue.gate() + 'exit 4')
+    first = queue.start('--workers', '2')
+    until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
+    queue.pid('cut.sh')
+    queue.pid('ended.sh')
+    first.send_signal(signal.SIGSTOP)
+    queue.open_gate()
+    until(lambda: queue.has_out('ended.sh.exitcode'))
+    first.kill()
+    first.wait()
+    os.killpg(queue.pid('cut.sh'), signal.SIGKILL)
+    assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
+    queue.open_gate('never')
+    assert queue.poll()[0] == 1
+    assert queue.all() == {'cut-1.sh': 'complete', 'ended.sh': 'fail'}
+    assert (queue.path / 'ran').read_text() == 'run\nrun\n'
+
+
 @pytest.mark.parametrize('jump', [-7200, 7200])
 def test_a_clock_that_jumps_costs_nothing(queue, monkeypatch, jump):
     now, began = time.time, time.monotonic()
@@ -1272,6 +1208,20 @@ def test_a_clock_that_jumps_costs_nothing(queue, monkeypatch, jump):
         queue.add(f'{n}.sh', 'sleep 0.1')
     assert FixedWorkerPool([0], queue.path).poll_scripts() == 0
     assert len(queue.names('complete')) == 6
+
+
+# --- Rule 6: one bad script or file stops no other, and the reason is said --------------------------------------------
+
+def test_a_name_too_long_for_its_exitcode_stays_and_is_named(queue):
+    most = os.pathconf(queue.path, 'PC_NAME_MAX')
+    fits, too_long = 'f' * (most - len('.exitcode')), 'e' * (most - len('.exitcode') + 1)
+    queue.add(too_long)
+    queue.add(fits)
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {too_long: 'to_run', fits: 'complete'}
+    assert log.count('its name is too long, by 1 bytes') == 2
+    assert queue.names('out') == [f'{fits}.{kind}' for kind in ('exitcode', 'json', 'stderr', 'stdout')]
 
 
 def test_a_script_that_cannot_be_moved_stays_and_the_others_run(queue):
@@ -1290,7 +1240,33 @@ def test_a_script_that_cannot_be_moved_stays_and_the_others_run(queue):
     assert 'left in to_run: a.sh (it cannot be moved: Operation not permitted)' in log
 
 
-# --- Rule 7: a person in the folders ---------------------------------------------------------------------------------
+@pytest.mark.parametrize('kind', ['folder', 'fifo', 'link'])
+def test_one_odd_file_does_not_stop_the_others(queue, kind):
+    for name in 'a.sh', 'b.sh':
+        queue.add(name)
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    record = queue.path / 'out' / 'a.sh.json'
+    {'folder': Path.mkdir, 'fifo': os.mkfifo, 'link': lambda path: path.symlink_to('/etc/passwd')}[kind](record)
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'complete'}
+    assert 'a.sh' in log
+
+
+def test_a_script_that_could_not_run_is_looked_at_again_when_it_has_changed(gpus, queue):
+    queue.add('a.sh', '#SBATCH -G two')
+    poller = queue.start('--exit', '0')
+    until(lambda: 'to_run/a.sh cannot run: ' in poller.log())
+    queue.add('a.sh', '#SBATCH -G 2')
+    until(lambda: queue.names('complete') == ['a.sh'])
+
+
+def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queue):
+    queue.add('a.sh', 'exit 3')
+    assert queue.poll(cwd=queue.path)[1].count('s): out/a.sh.stderr\n') == 1
+
+
+# --- Rule 7: the folders stay true under mv, rm and cp ----------------------------------------------------------------
 
 def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
     for name in 'moved.sh', 'removed.sh':
@@ -1390,289 +1366,153 @@ def test_files_of_others_in_out_are_left_alone(queue):
     assert {'metrics-1.json', 'fifo-1.json', 'folder.json', 'records.json'} <= set(queue.names('out'))
 
 
-def test_an_edited_record_does_not_make_its_script_run_twice(queue):
-    queue.add('a.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
-    first = queue.start('--workers', '1')
-    until(lambda: (queue.path / 'ran').exists() and 'pid' in queue.record('a.sh'))
-    record = queue.path / 'out' / 'a.sh.json'
-    shutil.copy(record, record.with_suffix('.new'))
-    os.rename(record.with_suffix('.new'), record)  # as editors do: a new file, which nobody locks
-    second = queue.start('--workers', '2')
-    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
+# --- Pools: stopping in order -----------------------------------------------------------------------------------------
+
+TRAP = 'trap "echo saved; exit {}" TERM; echo ready; while :; do sleep 0.01; done'
+
+
+def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
+    queue.add('a.sh', 'echo ready; ' + queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signal.SIGINT)
+    until(lambda: 'interrupted: waiting for 1 script (again: stop)' in poller.log())
     queue.open_gate()
-    assert [first.wait(30), second.wait(30)] == [0, 0]
-    assert queue.all() == {'a.sh': 'complete'}
-    assert (queue.path / 'ran').read_text() == 'run\n'
+    assert poller.wait(30) == 130
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+    assert poller.log().count('interrupted') == 1
 
 
-@pytest.mark.parametrize('kind', ['folder', 'fifo', 'link'])
-def test_one_odd_file_does_not_stop_the_others(queue, kind):
-    for name in 'a.sh', 'b.sh':
-        queue.add(name)
-    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
-    record = queue.path / 'out' / 'a.sh.json'
-    {'folder': Path.mkdir, 'fifo': os.mkfifo, 'link': lambda path: path.symlink_to('/etc/passwd')}[kind](record)
-    status, log = queue.poll()
-    assert status == 0
-    assert queue.all() == {'a.sh': 'running', 'b.sh': 'complete'}
-    assert 'a.sh' in log
-
-
-# --- What there is to see: log, progress, status ---------------------------------------------------------------------
-
-def test_the_log_of_a_failure_ends_with_its_last_words_and_the_summary_names_it(queue):
-    queue.add('a.sh', 'echo "first" >&2; printf "  loss is \\033[31mnan  \\n\\n" >&2; exit 1')
-    queue.add('b.sh', 'exit 2')
-    queue.add('c.sh')
-    status, log = queue.poll('--workers', '1', cwd=queue.path)
-    assert status == 1
-    assert re.search(r' worker 0: fail a.sh \(status 1, 0.. s\): loss is \\x1b\[31mnan \(out/a.sh.stderr\)\n', log)
-    assert re.search(r' worker 0: fail b.sh \(status 2, 0.. s\): out/b.sh.stderr\n', log)
-    assert re.search(r' 3 scripts in .* s: 1 complete, 2 fail\n'
-                     r'\S+ 0.0 worker hours used, workers busy \d+% of the time\n\S+ failed: a.sh b.sh\n$', log)
-    assert log.index('complete c.sh') > log.index('start c.sh') > log.index('fail b.sh')
-
-
-def test_what_a_script_in_python_prints_is_seen_at_once_unless_it_says_otherwise(queue, monkeypatch):
-    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
-    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
-    queue.poll()
-    assert queue.out('a.sh.stdout') == '<1>\n'
-    monkeypatch.setenv('PYTHONUNBUFFERED', '')
-    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
-    queue.poll()
-    assert queue.out('a-1.sh.stdout') == '<>\n'
-
-
-def on_a_terminal(queue, columns=60, **env):
-    """Return what a poller writes to a terminal while one script fails and one waits for the gate."""
-    queue.add('a.sh', 'exit 1')
-    queue.add('b.sh', queue.gate())
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)], stderr=theirs,
-                              env={**os.environ, 'TERM': 'xterm', 'NO_COLOR': '', **env})
-    queue.pollers.append(poller)
-    os.close(theirs)
-    until(lambda: queue.names('running') == ['b.sh'])
-    queue.open_gate()
-    text = b''
-    with contextlib.suppress(OSError):  # EIO: the other end is closed
-        while True:
-            text += os.read(ours, 4096)
-    os.close(ours)
-    assert poller.wait(30) == 1
-    return text.decode()
-
-
-def test_a_terminal_has_a_line_of_progress_below_the_log_as_wide_as_it_is(queue):
-    text = on_a_terminal(queue, columns=30)
-    assert '\r\033[K1/2 done, 1 failed, 1 running' [:4 + 29] in text
-    assert re.search(r'\r\033\[K\033\[31m\S+ worker 0: fail a.sh .*\033\[0m\r\n', text)
-    assert all(len(part) < 30 for part in re.findall(r'\r\033\[K(\d+/\d+ done[^\r\n]*)', text))
-    assert re.search(r' failed: a.sh\033\[0m\r\n$', text)  # and no line of progress is left
-
-
-def test_colours_and_progress_can_be_refused(queue):
-    assert '\033[31m' not in on_a_terminal(queue, NO_COLOR='1')
-    shutil.rmtree(queue.path)
-    queue = Queue(queue.path)
-    assert '\033' not in on_a_terminal(queue, TERM='dumb')
-
-
-def test_a_log_in_a_file_has_neither_progress_nor_colours(queue):
-    queue.add('a.sh', 'exit 1')
-    log = queue.poll()[1]
-    assert '\033' not in log
-    assert '\r' not in log
-
-
-def status(queue, *args, **kwargs):
-    """Return what --status --json and --status say."""
-    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', *args]
-    as_json = subprocess.run([*command, '--json'], check=True, capture_output=True, text=True, **kwargs).stdout
-    return json.loads(as_json), subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
-
-
-def test_status_of_an_empty_queue(gpus, queue):
-    as_json, text = status(queue)
-    assert as_json == {
-        'path': str(queue.path), 'host': os.uname().nodename, 'poller': False, 'counts': dict.fromkeys(FOLDERS, 0),
-        'elsewhere': [], 'next': [], 'failed': [], 'seconds_left': None,
-        'resources': [{'kind': 'gpu', 'id': number, 'state': 'free', 'reason': None, 'model': 'NVIDIA H100',
-                       'memory_used': 500, 'memory_total': 81920, 'script': None, 'user': None, 'seconds': None}
-                      for number in range(2)]}
-    assert text == ('gpu 0  NVIDIA H100  0.5 of 80.0 GiB  free\n'
-                    'gpu 1  NVIDIA H100  0.5 of 80.0 GiB  free\n'
-                    'to_run 0 · running 0 · complete 0 · fail 0 · no poller is alive on ' + os.uname().nodename + '\n')
-    assert not list(gpus.locks.iterdir())
-
-
-def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue):
-    gpus.have(4)
-    gpus.change(1, pids=[2**22 + 1], used=4096)
-    gpus.change(2, memory=15)
-    other = Queue(queue.path.parent / 'other')
-    other.add('theirs.sh', other.gate())
-    gpus.change(0, used=2000)
-    other.start('--exit', '1')
-    until(lambda: other.names('running'))  # on GPU 3
-    gpus.change(0, used=500)
-    for number in range(5):
-        queue.add(f'{number}.sh', 'echo "bad luck" >&2; exit 1')
-    assert queue.poll('--workers', '1')[0] == 1
-    for name in 'abcde':
-        queue.add(f'{name}.sh', queue.gate())
+def test_a_signal_is_heeded_while_there_is_always_something_to_start(gpus, queue):
+    for gpu in gpus.gpus:
+        gpu['delay'] = 0.05
+    gpus.save()
+    for n in range(60):
+        queue.add(f'{n:02}')
     poller = queue.start('--exit', '1')
-    until(lambda: queue.names('running'))
-    for alive in True, False:
-        as_json, text = status(queue)
-        assert as_json['poller'] is alive
-        states = [resource['state'] for resource in as_json['resources']]
-        assert states == ['running', 'busy', 'unusable', 'busy']
-        assert as_json['resources'][0]['script'] == 'a.sh'
-        assert as_json['counts'] == {'to_run': 4, 'running': 1, 'complete': 0, 'fail': 5}
-        assert as_json['next'] == ['b.sh', 'c.sh', 'd.sh']
-        assert [failed['script'] for failed in as_json['failed']] == ['4.sh', '3.sh', '2.sh']
-        assert as_json['seconds_left'] >= 0
-        user = as_json['resources'][0]['user']
-        for line in (rf'gpu 0  NVIDIA H100  0.5 of 80.0 GiB  a.sh, {user}, \d+\.\d s',
-                     f'gpu 1  NVIDIA H100  4.0 of 80.0 GiB  busy: 4.0 GiB used by pid {2**22 + 1}',
-                     'gpu 2 .*unusable: GPU is lost',
-                     r'gpu 3 .* busy: runs theirs.sh of user \d+ \(pid \d+, .*/other\) for \d+\.\d s',
-                     'failed: 4.sh: bad luck \\(.*/out/4.sh.stderr\\)',
-                     f'fail 5 · {"a" if alive else "no"} poller is alive on .* · about .* left'):
-            assert re.search(f'^.*{line}$', text, re.M), (line, text)
-        poller.kill()
-        poller.wait()
-    for some in queue, other:
-        some.open_gate()
+    until(lambda: queue.names('complete'))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert len(queue.names('to_run')) > 20
 
 
-def test_status_of_slots_and_of_other_hosts(queue, monkeypatch):
-    monkeypatch.setenv('PATH', '/nowhere')
-    monkeypatch.setenv('PYTHONPATH', '/nowhere')
-    queue.add('a.sh', queue.gate())
-    poller = queue.start('--workers', '2', env={**os.environ, 'PATH': '/usr/bin:/bin'})
-    until(lambda: queue.names('running') and 'pid' in queue.record('a.sh'))
-    (queue.path / 'running' / 'far.sh').touch()
-    (queue.path / 'out' / 'far.sh.json').write_text(json.dumps(
-        {'script': 'far.sh', 'host': 'far\033', 'kind': 'gpu', 'ids': [7], 'started': time.time() - 3700}))
-    as_json, text = status(queue, '--workers', '2')
-    assert [resource['state'] for resource in as_json['resources']] == ['running', 'free']
-    assert [run['script'] for run in as_json['elsewhere']] == ['far.sh']
-    assert re.search(r'^on far\\x1b +far.sh, \w+, 1:01:4\d$', text, re.M)
-    assert status(queue)[0]['resources'][0]['script'] == 'a.sh'
-    assert poller.poll() is None
-    queue.open_gate()
+def test_a_signal_with_nothing_running_ends_the_poller_without_ado(queue):
+    poller = queue.start('--workers', '1', '--exit', '0')
+    queue.let_look(poller)
+    poller.send_signal(signal.SIGINT)
+    assert poller.wait(30) == 130
+    assert poller.log().splitlines()[-1].endswith(f'nothing to run in {queue.path}/to_run')
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
-def test_status_is_for_other_users_too_and_says_what_they_may_not_see(queue):
-    queue.add('a.sh')
-    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
-        os.chmod(path, 0o755)
-        shutil.copytree(queue.path, Path(path, 'q'))
-        command = [sys.executable, '-c', AS_NOBODY, '--path', f'{path}/q', '--status', '--workers', '1']
-        shown = subprocess.run(command, capture_output=True, text=True, cwd=MODULE.parent)
-        assert (shown.returncode, shown.stderr) == (0, '')
-        assert 'next: a.sh' in shown.stdout
-        os.chmod(f'{path}/q/fail', 0o700)
-        shown = subprocess.run(command, capture_output=True, text=True, cwd=MODULE.parent)
-        assert (shown.returncode, shown.stderr) == (2, f'fastgpu_poll: {path}/q/fail: Permission denied\n')
+@pytest.mark.parametrize(('signals', 'status'), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
+def test_stop_terminates_requeues_what_failed_and_files_what_ended_well(queue, signals, status):
+    queue.add('dies.sh', 'echo ready; sleep 1000')
+    queue.add('saves.sh', TRAP.format(0))
+    queue.add('fails.sh', TRAP.format(9))
+    queue.add('waits.sh')
+    poller = queue.start('--workers', '3')
+    until(lambda: all(queue.has_out(f'{name}.sh.stdout') for name in ('dies', 'saves', 'fails')))
+    for signum in signals:
+        poller.send_signal(signum)
+        until(lambda: 'interrupted' in poller.log() or 'stopping' in poller.log())
+    assert poller.wait(30) == status
+    assert 'stopping 3 scripts: TERM now, KILL in 10 s' in poller.log()
+    assert queue.all() == {'dies.sh': 'to_run', 'fails.sh': 'to_run', 'saves.sh': 'complete', 'waits.sh': 'to_run'}
+    assert queue.out('dies.sh.exitcode') == '143'
+    assert queue.out('saves.sh.stdout') == queue.out('fails.sh.stdout') == 'ready\nsaved\n'
 
 
-def test_status_of_what_is_no_queue(tmp_path):
-    command = [sys.executable, str(MODULE), '--path', str(tmp_path / 'q'), '--status', '--workers', '1']
-    shown = subprocess.run(command, capture_output=True, text=True)
-    assert (shown.returncode, shown.stdout) == (2, '')
-    assert shown.stderr == f'fastgpu_poll: {tmp_path}/q is no queue: it has no folder to_run (fastgpu_poll makes one)\n'
-    assert not (tmp_path / 'q').exists()
-
-
-# --- Rule 2: several hosts -------------------------------------------------------------------------------------------
-
-def on_host(name):
-    """Return the words that start a poller on a host of that name."""
-    words = ['unshare', '--uts', 'sh', '-c', 'hostname "$0" && exec "$@"', name]
-    if os.getuid() or subprocess.run([*words, 'true'], check=False, capture_output=True).returncode:
-        pytest.skip('cannot make another host name here')
-    return (*words, sys.executable, str(MODULE))
-
-
-def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue):
-    for n in range(40):
-        queue.add(f'{n:02}', f'echo {n} >> {queue.path}/ran')
-    queue.add('00', f'echo 0 >> {queue.path}/ran; ' + queue.gate())
-    pollers = [queue.start('--workers', '1', command=on_host(name)) for name in ('one', 'two')]
-    until(lambda: len(queue.names('complete')) == 39)
-    owner = ['one', 'two'].index(queue.record('00')['host'])
-    other = pollers[1 - owner]
-    assert other.wait(30) == 0  # what runs elsewhere is not waited for
-    assert queue.names('running') == ['00']
-    pollers[owner].kill()
-    pollers[owner].wait()
-    os.killpg(queue.pid('00'), signal.SIGKILL)
-    third = queue.start('--workers', '1', command=on_host(['one', 'two'][1 - owner]))
-    assert third.wait(30) == 0
-    assert queue.names('running') == ['00']
-    command = re.search(f'00 runs on {["one", "two"][owner]}; if that host is gone: (mv .*)', third.log())[1]
-    subprocess.run(command, shell=True, check=True)
-    queue.open_gate()
-    assert queue.poll()[0] == 0
-    assert sorted(map(int, (queue.path / 'ran').read_text().split())) == sorted([0, *range(40)])
-
-
-# --- Rule 3: other users ---------------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
-def test_no_other_user_can_free_a_gpu_or_make_us_write_to_our_own_files(tmp_path):
-    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
-        os.chmod(path, 0o1777)
-        lock = Path(path) / 'fastgpu-X.lock'
-        fd = fastgpu.take_lock(lock)
-        attack = f"""
-import fcntl, os, sys
-os.setgid(65534); os.setuid(65534)
-for attempt in (lambda: os.unlink({str(lock)!r}), lambda: os.rename({str(lock)!r}, {str(lock)!r} + '2'),
-                lambda: os.chmod({str(lock)!r}, 0),
-                lambda: fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)):
-    try:
-        attempt()
-    except OSError:
-        continue
-    sys.exit('it worked')
-fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_UN)
-open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
-"""
-        subprocess.run([sys.executable, '-c', attack], check=True)
-        assert fastgpu.take_lock(lock) is None
-        assert fastgpu.read_note(lock) == r'\x1b[2Jnobody uses this'
-        os.close(fd)
-        os.chown(lock, 65534, 65534)  # a file that another user made is as good
-        os.chmod(lock, 0o666)
-        fd = fastgpu.take_lock(lock)
-        assert fd is not None
-        os.close(fd)
-
-
-# --- Wrappers, and Slurm ---------------------------------------------------------------------------------------------
-
-def test_a_wrapper_is_put_before_the_path_as_a_shell_would_split_it_and_runs_no_shell(queue):
-    queue.add('a b.sh', 'echo "$WORD"; exit 7')
-    assert queue.poll('--workers', '1', '--wrapper', "env WORD='a $HOME;  b'")[0] == 1
-    assert queue.out('a b.sh.stdout') == 'a $HOME;  b\n'
-    assert queue.out('a b.sh.exitcode') == '7'
-
-
-@pytest.mark.parametrize(('wrapper', 'words'), [
-    ('nowhere 4h', "there is no command 'nowhere'"), ('', 'there is no command'), ('"sh', 'no closing quotation')])
-def test_a_wrapper_that_does_not_exist_is_told_at_the_start(queue, wrapper, words):
-    queue.add('a.sh')
-    status, log = queue.poll('--workers', '1', '--wrapper', wrapper)
-    assert status == 2
-    assert words in log
+@pytest.mark.parametrize('first', ['script', 'poller'])
+def test_a_term_for_all_processes_at_once_puts_the_scripts_back_whoever_gets_it_first(queue, first):
+    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    group = queue.pid('a.sh')
+    if first == 'script':
+        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGCONT)
+        until(lambda: queue.has_out('a.sh.exitcode'))
+        poller.send_signal(signal.SIGTERM)
+    else:
+        poller.send_signal(signal.SIGSTOP)
+        poller.send_signal(signal.SIGTERM)
+        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGCONT)
+        until(lambda: queue.has_out('a.sh.exitcode'))
+        poller.send_signal(signal.SIGCONT)
+    assert poller.wait(30) == 143
     assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_a_term_for_all_puts_the_scripts_of_an_earlier_poller_back_too(queue):
+    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    group = queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'waiting for a.sh' in second.log())
+    os.killpg(group, signal.SIGTERM)
+    os.killpg(group, signal.SIGCONT)
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_stop_kills_what_ignores_term(queue, monkeypatch):
+    monkeypatch.setattr(fastgpu, 'GRACE', 0.2)
+    queue.add('a.sh', 'trap "" TERM; while :; do sleep 0.01; done')
+    pool = FixedWorkerPool([0], queue.path)
+    assert pool.run('a.sh', 0)
+    until(lambda: b'sleep' in subprocess.check_output(['ps', '-o', 'args=', '-g', str(queue.pid('a.sh'))]))
+    pool.interrupt(signal.SIGTERM)
+    assert pool.poll_scripts() == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert pool.find_next() == 0
+    assert not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}')
+
+
+def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
+    queue.add('a.sh', 'trap "echo caught; sleep 0.5; exit 1" TERM; echo ready; while :; do sleep 0.01; done')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signal.SIGTERM)
+    until(lambda: 'caught' in queue.out('a.sh.stdout'))
+    poller.kill()
+    poller.wait()
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    poller = queue.start('--workers', '1')
+    until(lambda: 'requeue a.sh (status 1' in poller.log())
+
+
+def test_grandchildren_die_with_a_script_that_is_stopped(queue):
+    queue.add('a.sh', '(trap "" TERM; sh -c "echo \\$PPID"; while :; do sleep 0.01; done) & wait')
+    poller = queue.start('--workers', '1')
+    grandchild = int(until(lambda: queue.has_out('a.sh.stdout')))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+    until(lambda: not os.path.exists(f'/proc/{grandchild}'))
+
+
+def test_what_cannot_be_filed_does_not_keep_the_poller_from_being_stopped(queue):
+    queue.add('a.sh', 'exit 3')
+    (queue.path / 'fail').rmdir()
+    (queue.path / 'fail').touch()
+    poller = queue.start('--workers', '1', command=(sys.executable, '-c', (
+        'import fastgpu, sys; fastgpu.check_dirs = lambda *_: None\n'
+        'fastgpu.setup_dirs = lambda p: [fastgpu.Path(p) / n for n in "to_run running complete fail out".split()]\n'
+        'sys.exit(fastgpu.main())')), cwd=MODULE.parent)
+    until(lambda: 'cannot file a.sh now: ' in poller.log())
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(fastgpu.GRACE + 5) == 143  # not only when it gives up on what it killed
+    assert queue.names('running') == ['a.sh']
+    (queue.path / 'fail').unlink()
+    assert queue.poll()[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}  # it failed before it was stopped
 
 
 def test_stopping_reaches_through_a_wrapper_that_makes_a_process_group_of_its_own(queue):
@@ -1686,6 +1526,8 @@ def test_stopping_reaches_through_a_wrapper_that_makes_a_process_group_of_its_ow
     assert set(queue.out('a.sh.stdout').split()) == {'start', 'saved'}  # more than once: timeout passes TERM on as well
     until(lambda: not os.path.exists(f'/proc/{queue.out("b.sh.stdout").strip()}'))
 
+
+# --- Pools: as steps of Slurm, and in its allocations -----------------------------------------------------------------
 
 def has_slurm():
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -1776,7 +1618,7 @@ def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back
     assert Counter(queue.all().values()) == {'complete': 6}
 
 
-# --- GPUs: the real nvidia-ml-py on a fake driver library ------------------------------------------------------------
+# --- GPUs: the real nvidia-ml-py on a fake driver library -------------------------------------------------------------
 
 FAKE_DRIVER = '''
 import ctypes, json, os, time, pynvml
@@ -1973,63 +1815,6 @@ def test_cuda_visible_devices_limits_the_gpus_and_keeps_their_numbers(gpus, queu
     assert [queue.out(f'{name}.stdout') for name in 'ab'] == ['3 3 PCI_BUS_ID\n', '2 2 PCI_BUS_ID\n']
 
 
-@pytest.mark.parametrize('state', [{'pids': [4121]}, {'used': 1025}, {'memory': 15}, {'processes': 15},
-                                   {'grows': True}])
-def test_a_gpu_in_use_or_in_doubt_is_busy(gpus, queue, state):
-    pool = ResourcePoolGPU(queue.path)
-    gpus.change(0, **state)
-    assert not pool.is_available(0)
-    assert pool.lock_next() == 1
-
-
-def test_a_gpu_with_1024_mib_in_use_is_free(gpus, queue):
-    gpus.change(0, used=1024)
-    assert ResourcePoolGPU(queue.path).find_next() == 0
-
-
-def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
-    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
-    held = tmp_path / 'held'
-    held.mkdir()
-    for queue in queues:
-        for n in range(20):
-            queue.add(f'{n}.sh', f'mkdir {held}/$FASTGPU_ID || exit 1; sleep 0.02; rmdir {held}/$FASTGPU_ID')
-    pollers = [queue.start('--exit', '1') for queue in queues]
-    assert [poller.wait(60) for poller in pollers] == [0, 0]
-    for queue in queues:
-        assert set(queue.all().values()) == {'complete'}
-        assert {queue.record(name)['ids'][0] for name in queue.all()} <= {0, 1}
-
-
-def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
-    first, second = Queue(tmp_path / 'q1'), Queue(tmp_path / 'q2')
-    gpus.have(1)
-    first.add('a.sh', first.gate())
-    poller = first.start('--exit', '1')
-    until(lambda: first.names('running') == ['a.sh'] and 'pid' in first.record('a.sh'))
-    let_be_noted(gpus.locks, 'a.sh')
-    poller.kill()
-    poller.wait()
-    second.add('b.sh')
-    poller = second.start('--exit', '1')
-    until(lambda: f'gpu 0 busy: runs a.sh of user {os.getuid()} (pid ' in poller.log())
-    first.open_gate()
-    assert poller.wait(30) == 0
-
-
-def test_a_lock_file_of_gpus_is_told_but_not_trusted(gpus, queue):
-    lock = gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock'
-    lock.write_bytes(b'\x1b[31mrun\xff' + b'x' * 10000)
-    queue.add('a.sh')
-    pool = ResourcePoolGPU(queue.path)
-    with open(lock) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert pool.lock_next() == 1
-        assert pool._reasons[0].startswith(r'busy: \x1b[31mrun')
-        assert len(pool._reasons[0]) < 300
-    assert pool.find_next() == 0
-
-
 def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
     gpus.save(init=9)
     run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path / 'new')], capture_output=True, text=True)
@@ -2039,7 +1824,14 @@ def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-# --- GPUs: which of them, CUDA_VISIBLE_DEVICES -----------------------------------------------------------------------
+def test_no_gpus_is_one_line(gpus, tmp_path):
+    gpus.set()
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path / 'new')], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == 'fastgpu_poll: the NVIDIA driver shows no GPU; use --workers N to run without GPUs\n'
+
+
+# --- GPUs: which of them, CUDA_VISIBLE_DEVICES ------------------------------------------------------------------------
 
 A, B, C = 'GPU-aaaa1111-0', 'GPU-aaaa2222-0', 'GPU-cccc3333-0'
 
@@ -2079,17 +1871,7 @@ def test_a_list_that_shows_no_gpu_or_is_unclear_is_refused_in_one_line(gpus, tmp
     assert run.stderr.count('\n') == 1
 
 
-def test_a_gpu_has_one_lock_whatever_its_number_is_for_whom(gpus, tmp_path, monkeypatch):
-    gpus.have(2)
-    mine = ResourcePoolGPU(tmp_path / 'q1')
-    assert mine.lock(1)
-    gpus.set(gpus.gpus[1])  # a container that sees the second GPU alone
-    assert ResourcePoolGPU(tmp_path / 'q2').find_next() is None
-    mine.unlock(1)
-    assert ResourcePoolGPU(tmp_path / 'q2').find_next() == 0
-
-
-# --- GPUs: MIG, and such as do not work ------------------------------------------------------------------------------
+# --- GPUs: MIG, and such as do not work -------------------------------------------------------------------------------
 
 def mig_box(gpus):
     """A plain GPU, one in MIG mode with three instances and a gap, and one in MIG mode with none."""
@@ -2144,63 +1926,59 @@ def test_a_gpu_that_fails_is_left_out_and_the_others_go_by_uuid(gpus, queue, cap
         ResourcePoolGPU(queue.path)
 
 
-# --- GPUs: free or busy, and why -------------------------------------------------------------------------------------
+# --- GPUs, rule 3: one owner across pollers, queues and users ---------------------------------------------------------
 
-def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, queue):
-    gpus.have(4)
-    me = f'pid {os.getpid()} ({Path("/proc/self/comm").read_text().strip()}, user {os.getuid()})'
-    gpus.gpus[0].update(used=23654, pids=[os.getpid(), 2**22 + 1])
-    gpus.gpus[1].update(memory=15)
-    gpus.gpus[2].update(used=1100)
-    gpus.gpus[3].update(grows=True)
-    gpus.save()
-    queue.add('a.sh')
-    poller = queue.start('--exit', '1')
-    for line in (f'gpu 0 busy: 23.1 GiB used by {me}, pid {2**22 + 1}', 'gpu 1 unusable: GPU is lost',
-                 'gpu 2 busy: 1.1 GiB used by no compute process; free is up to 1.0 GiB',
-                 'gpu 3 unusable: its list of processes keeps growing'):
-        until(lambda line=line: f'{line}\n' in poller.log(), line)
-    asked = len(gpus.calls('memory'))
-    gpus.change(0, used=24000)
-    until(lambda: len(gpus.calls('memory')) > asked + 8)  # each of them once more
-    gpus.change(0, used=900, pids=[2**22 + 2])
-    until(lambda: re.search(f'gpu 0 busy: .* used by pid {2**22 + 2}\n', poller.log()))
-    assert len(re.findall(' gpu ', poller.log())) == 5
-    gpus.have(4)
-    assert poller.wait(30) == 0
-    assert ' gpu 0: start a.sh' in poller.log()
+def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
+    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
+    held = tmp_path / 'held'
+    held.mkdir()
+    for queue in queues:
+        for n in range(20):
+            queue.add(f'{n}.sh', f'mkdir {held}/$FASTGPU_ID || exit 1; sleep 0.02; rmdir {held}/$FASTGPU_ID')
+    pollers = [queue.start('--exit', '1') for queue in queues]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    for queue in queues:
+        assert set(queue.all().values()) == {'complete'}
+        assert {queue.record(name)['ids'][0] for name in queue.all()} <= {0, 1}
 
 
-def test_max_used_is_an_option(gpus, queue):
+def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
+    first, second = Queue(tmp_path / 'q1'), Queue(tmp_path / 'q2')
     gpus.have(1)
-    gpus.change(0, used=2000)
+    first.add('a.sh', first.gate())
+    poller = first.start('--exit', '1')
+    until(lambda: first.names('running') == ['a.sh'] and 'pid' in first.record('a.sh'))
+    let_be_noted(gpus.locks, 'a.sh')
+    poller.kill()
+    poller.wait()
+    second.add('b.sh')
+    poller = second.start('--exit', '1')
+    until(lambda: f'gpu 0 busy: runs a.sh of user {os.getuid()} (pid ' in poller.log())
+    first.open_gate()
+    assert poller.wait(30) == 0
+
+
+def test_a_gpu_has_one_lock_whatever_its_number_is_for_whom(gpus, tmp_path, monkeypatch):
+    gpus.have(2)
+    mine = ResourcePoolGPU(tmp_path / 'q1')
+    assert mine.lock(1)
+    gpus.set(gpus.gpus[1])  # a container that sees the second GPU alone
+    assert ResourcePoolGPU(tmp_path / 'q2').find_next() is None
+    mine.unlock(1)
+    assert ResourcePoolGPU(tmp_path / 'q2').find_next() == 0
+
+
+def test_a_lock_file_of_gpus_is_told_but_not_trusted(gpus, queue):
+    lock = gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock'
+    lock.write_bytes(b'\x1b[31mrun\xff' + b'x' * 10000)
     queue.add('a.sh')
-    assert queue.poll('--max-used', '2000')[0] == 0
-    assert queue.all() == {'a.sh': 'complete'}
-
-
-def test_a_lock_that_is_not_one_makes_its_gpu_unusable_and_not_the_others(gpus, queue):
-    (gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock').symlink_to('/etc/passwd')
     pool = ResourcePoolGPU(queue.path)
-    assert pool.lock_next() == 1
-    assert pool._reasons[0].startswith('unusable: ')
-
-
-def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
-    poller = queue.start('--exit', '0')
-    queue.add('a.sh')
-    until(lambda: queue.names('complete') == ['a.sh'])
-    assert len(gpus.calls('memory')) == 1
-    queue.let_look(poller)
-    assert len(gpus.calls('memory')) == 1
-    gpus.change(0, used=5000)
-    gpus.change(1, used=5000)
-    queue.add('b.sh')
-    until(lambda: len(gpus.calls('memory')) >= 7)
-    for gpu in gpus.gpus:
-        times = [seconds for uuid, seconds in gpus.calls('memory')[1:] if uuid == gpu['uuid']]
-        assert all(later - earlier >= 0.99 for earlier, later in zip(times, times[1:]))
-    assert poller.poll() is None
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert pool.lock_next() == 1
+        assert pool._reasons[0].startswith(r'busy: \x1b[31mrun')
+        assert len(pool._reasons[0]) < 300
+    assert pool.find_next() == 0
 
 
 def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
@@ -2229,6 +2007,79 @@ def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(
     assert poller.wait(30) == 0
 
 
+# --- GPUs, rule 6: in doubt busy, and why -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize('state', [{'pids': [4121]}, {'used': 1025}, {'memory': 15}, {'processes': 15},
+                                   {'grows': True}])
+def test_a_gpu_in_use_or_in_doubt_is_busy(gpus, queue, state):
+    pool = ResourcePoolGPU(queue.path)
+    gpus.change(0, **state)
+    assert not pool.is_available(0)
+    assert pool.lock_next() == 1
+
+
+def test_a_gpu_with_1024_mib_in_use_is_free(gpus, queue):
+    gpus.change(0, used=1024)
+    assert ResourcePoolGPU(queue.path).find_next() == 0
+
+
+def test_max_used_is_an_option(gpus, queue):
+    gpus.have(1)
+    gpus.change(0, used=2000)
+    queue.add('a.sh')
+    assert queue.poll('--max-used', '2000')[0] == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, queue):
+    gpus.have(4)
+    me = f'pid {os.getpid()} ({Path("/proc/self/comm").read_text().strip()}, user {os.getuid()})'
+    gpus.gpus[0].update(used=23654, pids=[os.getpid(), 2**22 + 1])
+    gpus.gpus[1].update(memory=15)
+    gpus.gpus[2].update(used=1100)
+    gpus.gpus[3].update(grows=True)
+    gpus.save()
+    queue.add('a.sh')
+    poller = queue.start('--exit', '1')
+    for line in (f'gpu 0 busy: 23.1 GiB used by {me}, pid {2**22 + 1}', 'gpu 1 unusable: GPU is lost',
+                 'gpu 2 busy: 1.1 GiB used by no compute process; free is up to 1.0 GiB',
+                 'gpu 3 unusable: its list of processes keeps growing'):
+        until(lambda line=line: f'{line}\n' in poller.log(), line)
+    asked = len(gpus.calls('memory'))
+    gpus.change(0, used=24000)
+    until(lambda: len(gpus.calls('memory')) > asked + 8)  # each of them once more
+    gpus.change(0, used=900, pids=[2**22 + 2])
+    until(lambda: re.search(f'gpu 0 busy: .* used by pid {2**22 + 2}\n', poller.log()))
+    assert len(re.findall(' gpu ', poller.log())) == 5
+    gpus.have(4)
+    assert poller.wait(30) == 0
+    assert ' gpu 0: start a.sh' in poller.log()
+
+
+def test_a_lock_that_is_not_one_makes_its_gpu_unusable_and_not_the_others(gpus, queue):
+    (gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock').symlink_to('/etc/passwd')
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.lock_next() == 1
+    assert pool._reasons[0].startswith('unusable: ')
+
+
+def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
+    poller = queue.start('--exit', '0')
+    queue.add('a.sh')
+    until(lambda: queue.names('complete') == ['a.sh'])
+    assert len(gpus.calls('memory')) == 1
+    queue.let_look(poller)
+    assert len(gpus.calls('memory')) == 1
+    gpus.change(0, used=5000)
+    gpus.change(1, used=5000)
+    queue.add('b.sh')
+    until(lambda: len(gpus.calls('memory')) >= 7)
+    for gpu in gpus.gpus:
+        times = [seconds for uuid, seconds in gpus.calls('memory')[1:] if uuid == gpu['uuid']]
+        assert all(later - earlier >= 0.99 for earlier, later in zip(times, times[1:]))
+    assert poller.poll() is None
+
+
 def test_a_slow_driver_delays_the_notice_of_an_end_by_one_call_at_most(gpus, queue):
     gpus.have(4)
     for n in range(1, 4):
@@ -2247,7 +2098,7 @@ def test_a_slow_driver_delays_the_notice_of_an_end_by_one_call_at_most(gpus, que
     assert poller.wait(60) == 0
 
 
-# --- GPUs: old drivers, and such as come and go ----------------------------------------------------------------------
+# --- GPUs: old drivers, and such as come and go -----------------------------------------------------------------------
 
 @pytest.mark.parametrize('missing', [['nvmlDeviceGetMemoryInfo_v2'], ['nvmlDeviceGetComputeRunningProcesses_v3'],
                                      ['nvmlDeviceGetMemoryInfo_v2', 'nvmlDeviceGetComputeRunningProcesses_v3',
@@ -2304,14 +2155,7 @@ def test_a_gpu_that_is_lost_later_is_unusable_while_the_others_go_on(gpus, queue
     assert pool._reasons[0] == 'unusable: Not Found'
 
 
-def test_no_gpus_is_one_line(gpus, tmp_path):
-    gpus.set()
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path / 'new')], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr == 'fastgpu_poll: the NVIDIA driver shows no GPU; use --workers N to run without GPUs\n'
-
-
-# --- GPUs: without nvidia-ml-py, through nvidia-smi ------------------------------------------------------------------
+# --- GPUs: without nvidia-ml-py, through nvidia-smi -------------------------------------------------------------------
 
 FAKE_SMI = r"""#!/bin/sh
 # Answers from files: gpus, and for each GPU memory.UUID and apps.UUID.
@@ -2420,7 +2264,7 @@ def test_without_both_one_line_tells_both_remedies(smi, queue, monkeypatch):
                    'nvidia-smi, from the driver, is here); use --workers N to run without GPUs\n')
 
 
-# --- GPUs: several per script ----------------------------------------------------------------------------------------
+# --- GPUs: several per script -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('head', 'number'), [
     ('#SBATCH --gpus=2', 2), ('#SBATCH --gpus 2', 2), ('#SBATCH -G 3', 3), ('#SBATCH -G3', 3),
@@ -2504,7 +2348,7 @@ def test_pollers_that_want_all_gpus_do_not_block_each_other(gpus, tmp_path):
     assert [poller.wait(60) for poller in pollers] == [0, 0]
 
 
-# --- GPUs: several scripts per GPU -----------------------------------------------------------------------------------
+# --- GPUs: several scripts per GPU ------------------------------------------------------------------------------------
 
 def test_per_gpu_runs_so_many_scripts_on_each_and_fills_the_gpus_first(gpus, queue):
     for name in 'abcde':
@@ -2583,7 +2427,7 @@ def test_a_script_with_several_gpus_gets_places_on_several(gpus, queue):
     assert queue.out('a.sh.stdout') == '0,1 0,1 PCI_BUS_ID\n'
 
 
-# --- GPUs: a real one ------------------------------------------------------------------------------------------------
+# --- GPUs: a real one -------------------------------------------------------------------------------------------------
 
 def real_gpu():
     try:
@@ -2637,138 +2481,168 @@ def test_a_real_gpu_is_busy_while_a_cuda_job_is_on_it_and_free_right_after(queue
     assert queue.record('a.py')['ids'] == [ident]
 
 
-# --- All rules: random fire ------------------------------------------------------------------------------------------
+# --- Status: log, progress, status ------------------------------------------------------------------------------------
 
-class Fire:
-    """Pollers on one queue with fake GPUs, killed and started at random, and a person who adds and moves scripts."""
-
-    BODY = """exec 9>{path}/held/$FASTGPU_ID
-flock -n 9 || echo {token} >> {path}/clash
-trap 'exit 9' TERM
-echo {token}; sleep {seconds} & wait
-echo {token} >> {path}/ended; echo end; exit {status}"""
-
-    def __init__(self, queue, seed):
-        self.queue, self.random = queue, random.Random(seed)
-        (queue.path / 'held').mkdir()
-        self.tokens, self.touched, self.kills = 0, set(), 0
-        self.statuses = {}
-        self.live = []
-
-    def start_poller(self):
-        self.live.append(self.queue.start('--exit', '0'))
-
-    def stop_poller(self):
-        poller = self.live.pop(self.random.randrange(len(self.live)))
-        for signum in self.random.choice([[signal.SIGKILL], [signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT],
-                                          [signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGKILL]]):
-            poller.send_signal(signum)
-            time.sleep(self.random.random() / 20)
-        self.kills += 1
-
-    def add(self):
-        self.tokens += 1
-        token = f't{self.tokens:05}'
-        name = f's{self.random.randrange(30)}.sh'
-        if os.path.lexists(self.queue.path / 'to_run' / name):
-            name = f'{token}.sh'
-        self.statuses[token] = self.random.choice([0, 0, 1, 77])
-        body = self.BODY.format(path=self.queue.path, token=token, status=self.statuses[token],
-                                seconds=round(self.random.random() / 5, 3))
-        draft = self.queue.path / token
-        draft.write_text(f'#!/bin/sh\n{body}\n')
-        draft.chmod(0o755)
-        os.rename(draft, self.queue.path / 'to_run' / name)
-
-    def move_by_hand(self):
-        source = self.random.choice(['running', 'to_run', 'fail', 'complete'])
-        for name in self.queue.names(source)[:1]:
-            file = self.queue.path / source / name
-            with contextlib.suppress(FileNotFoundError):
-                self.touched.add(re.search('t[0-9]{5}', file.read_text())[0])
-                target = self.queue.path / self.random.choice(['to_run', 'trash']) / name
-                if not target.exists():
-                    os.rename(file, target)
-
-    def cut_off(self):
-        for name in self.queue.names('running')[:1]:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                token = re.search('t[0-9]{5}', (self.queue.path / 'running' / name).read_text())[0]
-                pid = self.queue.record(name)['pid']
-                if fastgpu.runs_shim(pid, self.queue.path / 'out' / f'{name}.exitcode'):
-                    self.touched.add(token)
-                    os.killpg(pid, signal.SIGKILL)
-
-    def rage(self, seconds):
-        (self.queue.path / 'trash').mkdir()
-        deadline = time.monotonic() + seconds
-        actions = [self.add] * 12 + [self.stop_poller] * 3 + [self.move_by_hand, self.cut_off]
-        while time.monotonic() < deadline:
-            while len(self.live) < 3:
-                self.start_poller()
-            self.random.choice(actions)()
-            time.sleep(self.random.random() / 25)
-        for poller in self.live:
-            poller.kill()
-        for poller in self.queue.pollers:
-            poller.wait()
-
-    def check(self):
-        queue = self.queue
-        queue.let_empty_records_age()
-        last = queue.start('--exit', '1')
-        last.wait(60)
-        for poller in queue.pollers:  # but for an INT while Python itself still starts
-            assert 'Traceback' not in poller.log() or re.search('KeyboardInterrupt|Fatal Python error', poller.log())
-        assert not (queue.path / 'clash').exists()
-        ended = Counter((queue.path / 'ended').read_text().split())
-        where = {}
-        for name, folder in queue.all().items():
-            token = re.search('t[0-9]{5}', (queue.path / folder / name).read_text())[0]
-            where.setdefault(token, []).append((folder, name))
-        # TERM can meet a script that is about to end badly by itself: it is requeued, as what did not end well.
-        stopped = Counter(queue.out(f'{name[:-5]}.stdout')[:6] for name in queue.names('out')
-                          if name.endswith('.json') and queue.record(name[:-5]).get('stopped'))
-        for token, status in self.statuses.items():
-            if token in self.touched:
-                continue
-            assert 1 <= ended[token] <= 1 + stopped[token], token
-            [(folder, name)] = where[token]
-            assert folder == ('fail' if status else 'complete')
-            assert queue.out(f'{name}.exitcode') == str(status)
-            assert queue.out(f'{name}.stdout') == f'{token}\nend\n'
-            assert queue.record(name)['exitcode'] == status
-        names = set(queue.names('out'))
-        for name in names:
-            if name.endswith('.json'):  # what was taken out of running while no poller looked has no end in its record
-                token = (queue.has_out(f'{name[:-5]}.stdout') or '')[:6]
-                assert 'finished' in queue.record(name[:-5]) or token in {*self.touched, ''}, name
-            else:
-                assert f'{os.path.splitext(name)[0]}.json' in names, name
-        return f'{self.tokens} scripts, {self.kills} pollers stopped, {len(self.touched)} scripts touched by hand'
+def test_the_log_of_a_failure_ends_with_its_last_words_and_the_summary_names_it(queue):
+    queue.add('a.sh', 'echo "first" >&2; printf "  loss is \\033[31mnan  \\n\\n" >&2; exit 1')
+    queue.add('b.sh', 'exit 2')
+    queue.add('c.sh')
+    status, log = queue.poll('--workers', '1', cwd=queue.path)
+    assert status == 1
+    assert re.search(r' worker 0: fail a.sh \(status 1, 0.. s\): loss is \\x1b\[31mnan \(out/a.sh.stderr\)\n', log)
+    assert re.search(r' worker 0: fail b.sh \(status 2, 0.. s\): out/b.sh.stderr\n', log)
+    assert re.search(r' 3 scripts in .* s: 1 complete, 2 fail\n'
+                     r'\S+ 0.0 worker hours used, workers busy \d+% of the time\n\S+ failed: a.sh b.sh\n$', log)
+    assert log.index('complete c.sh') > log.index('start c.sh') > log.index('fail b.sh')
 
 
-def test_random_fire(gpus, queue):
-    gpus.have(3)
-    fire = Fire(queue, seed=int(os.environ.get('SEED', time.time())))
-    fire.rage(4)
-    fire.check()
+def on_a_terminal(queue, columns=60, **env):
+    """Return what a poller writes to a terminal while one script fails and one waits for the gate."""
+    queue.add('a.sh', 'exit 1')
+    queue.add('b.sh', queue.gate())
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)], stderr=theirs,
+                              env={**os.environ, 'TERM': 'xterm', 'NO_COLOR': '', **env})
+    queue.pollers.append(poller)
+    os.close(theirs)
+    until(lambda: queue.names('running') == ['b.sh'])
+    queue.open_gate()
+    text = b''
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while True:
+            text += os.read(ours, 4096)
+    os.close(ours)
+    assert poller.wait(30) == 1
+    return text.decode()
 
 
-@pytest.mark.soak
-def test_soak(gpus, tmp_path, capsys):
+def test_a_terminal_has_a_line_of_progress_below_the_log_as_wide_as_it_is(queue):
+    text = on_a_terminal(queue, columns=30)
+    assert '\r\033[K1/2 done, 1 failed, 1 running' [:4 + 29] in text
+    assert re.search(r'\r\033\[K\033\[31m\S+ worker 0: fail a.sh .*\033\[0m\r\n', text)
+    assert all(len(part) < 30 for part in re.findall(r'\r\033\[K(\d+/\d+ done[^\r\n]*)', text))
+    assert re.search(r' failed: a.sh\033\[0m\r\n$', text)  # and no line of progress is left
+
+
+def test_colours_and_progress_can_be_refused(queue):
+    assert '\033[31m' not in on_a_terminal(queue, NO_COLOR='1')
+    shutil.rmtree(queue.path)
+    queue = Queue(queue.path)
+    assert '\033' not in on_a_terminal(queue, TERM='dumb')
+
+
+def test_a_log_in_a_file_has_neither_progress_nor_colours(queue):
+    queue.add('a.sh', 'exit 1')
+    log = queue.poll()[1]
+    assert '\033' not in log
+    assert '\r' not in log
+
+
+def status(queue, *args, **kwargs):
+    """Return what --status --json and --status say."""
+    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', *args]
+    as_json = subprocess.run([*command, '--json'], check=True, capture_output=True, text=True, **kwargs).stdout
+    return json.loads(as_json), subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
+
+
+def test_status_of_an_empty_queue(gpus, queue):
+    as_json, text = status(queue)
+    assert as_json == {
+        'path': str(queue.path), 'host': os.uname().nodename, 'poller': False, 'counts': dict.fromkeys(FOLDERS, 0),
+        'elsewhere': [], 'next': [], 'failed': [], 'seconds_left': None,
+        'resources': [{'kind': 'gpu', 'id': number, 'state': 'free', 'reason': None, 'model': 'NVIDIA H100',
+                       'memory_used': 500, 'memory_total': 81920, 'script': None, 'user': None, 'seconds': None}
+                      for number in range(2)]}
+    assert text == ('gpu 0  NVIDIA H100  0.5 of 80.0 GiB  free\n'
+                    'gpu 1  NVIDIA H100  0.5 of 80.0 GiB  free\n'
+                    'to_run 0 · running 0 · complete 0 · fail 0 · no poller is alive on ' + os.uname().nodename + '\n')
+    assert not list(gpus.locks.iterdir())
+
+
+def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue):
     gpus.have(4)
-    deadline = time.monotonic() + float(os.environ.get('SECONDS', 600))
-    for seed in itertools.count():
-        if time.monotonic() > deadline:
-            break
-        fire = Fire(Queue(tmp_path / f'q{seed}'), seed)
-        fire.rage(min(60, max(5, deadline - time.monotonic())))
-        with capsys.disabled():
-            print(f'\nseed {seed}: {fire.check()}')
+    gpus.change(1, pids=[2**22 + 1], used=4096)
+    gpus.change(2, memory=15)
+    other = Queue(queue.path.parent / 'other')
+    other.add('theirs.sh', other.gate())
+    gpus.change(0, used=2000)
+    other.start('--exit', '1')
+    until(lambda: other.names('running'))  # on GPU 3
+    gpus.change(0, used=500)
+    for number in range(5):
+        queue.add(f'{number}.sh', 'echo "bad luck" >&2; exit 1')
+    assert queue.poll('--workers', '1')[0] == 1
+    for name in 'abcde':
+        queue.add(f'{name}.sh', queue.gate())
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.names('running'))
+    for alive in True, False:
+        as_json, text = status(queue)
+        assert as_json['poller'] is alive
+        states = [resource['state'] for resource in as_json['resources']]
+        assert states == ['running', 'busy', 'unusable', 'busy']
+        assert as_json['resources'][0]['script'] == 'a.sh'
+        assert as_json['counts'] == {'to_run': 4, 'running': 1, 'complete': 0, 'fail': 5}
+        assert as_json['next'] == ['b.sh', 'c.sh', 'd.sh']
+        assert [failed['script'] for failed in as_json['failed']] == ['4.sh', '3.sh', '2.sh']
+        assert as_json['seconds_left'] >= 0
+        user = as_json['resources'][0]['user']
+        for line in (rf'gpu 0  NVIDIA H100  0.5 of 80.0 GiB  a.sh, {user}, \d+\.\d s',
+                     f'gpu 1  NVIDIA H100  4.0 of 80.0 GiB  busy: 4.0 GiB used by pid {2**22 + 1}',
+                     'gpu 2 .*unusable: GPU is lost',
+                     r'gpu 3 .* busy: runs theirs.sh of user \d+ \(pid \d+, .*/other\) for \d+\.\d s',
+                     'failed: 4.sh: bad luck \\(.*/out/4.sh.stderr\\)',
+                     f'fail 5 · {"a" if alive else "no"} poller is alive on .* · about .* left'):
+            assert re.search(f'^.*{line}$', text, re.M), (line, text)
+        poller.kill()
+        poller.wait()
+    for some in queue, other:
+        some.open_gate()
 
 
-# --- Command --------------------------------------------------------------------------------------------------------
+def test_status_of_slots_and_of_other_hosts(queue, monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere')
+    monkeypatch.setenv('PYTHONPATH', '/nowhere')
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '2', env={**os.environ, 'PATH': '/usr/bin:/bin'})
+    until(lambda: queue.names('running') and 'pid' in queue.record('a.sh'))
+    (queue.path / 'running' / 'far.sh').touch()
+    (queue.path / 'out' / 'far.sh.json').write_text(json.dumps(
+        {'script': 'far.sh', 'host': 'far\033', 'kind': 'gpu', 'ids': [7], 'started': time.time() - 3700}))
+    as_json, text = status(queue, '--workers', '2')
+    assert [resource['state'] for resource in as_json['resources']] == ['running', 'free']
+    assert [run['script'] for run in as_json['elsewhere']] == ['far.sh']
+    assert re.search(r'^on far\\x1b +far.sh, \w+, 1:01:4\d$', text, re.M)
+    assert status(queue)[0]['resources'][0]['script'] == 'a.sh'
+    assert poller.poll() is None
+    queue.open_gate()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_status_is_for_other_users_too_and_says_what_they_may_not_see(queue):
+    queue.add('a.sh')
+    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
+        os.chmod(path, 0o755)
+        shutil.copytree(queue.path, Path(path, 'q'))
+        command = [sys.executable, '-c', AS_NOBODY, '--path', f'{path}/q', '--status', '--workers', '1']
+        shown = subprocess.run(command, capture_output=True, text=True, cwd=MODULE.parent)
+        assert (shown.returncode, shown.stderr) == (0, '')
+        assert 'next: a.sh' in shown.stdout
+        os.chmod(f'{path}/q/fail', 0o700)
+        shown = subprocess.run(command, capture_output=True, text=True, cwd=MODULE.parent)
+        assert (shown.returncode, shown.stderr) == (2, f'fastgpu_poll: {path}/q/fail: Permission denied\n')
+
+
+def test_status_of_what_is_no_queue(tmp_path):
+    command = [sys.executable, str(MODULE), '--path', str(tmp_path / 'q'), '--status', '--workers', '1']
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout) == (2, '')
+    assert shown.stderr == f'fastgpu_poll: {tmp_path}/q is no queue: it has no folder to_run (fastgpu_poll makes one)\n'
+    assert not (tmp_path / 'q').exists()
+
+
+# --- Command ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(('args', 'words'), [
     (['--exit', '2'], 'argument --exit: invalid choice: 2'),
@@ -2943,7 +2817,138 @@ def test_exit_0_goes_on_polling(queue):
     assert poller.wait(30) == 143
 
 
-# --- Bench: make bench, each figure beside a peer in the same run ----------------------------------------------------
+# --- All seven rules: random fire -------------------------------------------------------------------------------------
+
+class Fire:
+    """Pollers on one queue with fake GPUs, killed and started at random, and a person who adds and moves scripts."""
+
+    BODY = """exec 9>{path}/held/$FASTGPU_ID
+flock -n 9 || echo {token} >> {path}/clash
+trap 'exit 9' TERM
+echo {token}; sleep {seconds} & wait
+echo {token} >> {path}/ended; echo end; exit {status}"""
+
+    def __init__(self, queue, seed):
+        self.queue, self.random = queue, random.Random(seed)
+        (queue.path / 'held').mkdir()
+        self.tokens, self.touched, self.kills = 0, set(), 0
+        self.statuses = {}
+        self.live = []
+
+    def start_poller(self):
+        self.live.append(self.queue.start('--exit', '0'))
+
+    def stop_poller(self):
+        poller = self.live.pop(self.random.randrange(len(self.live)))
+        for signum in self.random.choice([[signal.SIGKILL], [signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT],
+                                          [signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGKILL]]):
+            poller.send_signal(signum)
+            time.sleep(self.random.random() / 20)
+        self.kills += 1
+
+    def add(self):
+        self.tokens += 1
+        token = f't{self.tokens:05}'
+        name = f's{self.random.randrange(30)}.sh'
+        if os.path.lexists(self.queue.path / 'to_run' / name):
+            name = f'{token}.sh'
+        self.statuses[token] = self.random.choice([0, 0, 1, 77])
+        body = self.BODY.format(path=self.queue.path, token=token, status=self.statuses[token],
+                                seconds=round(self.random.random() / 5, 3))
+        draft = self.queue.path / token
+        draft.write_text(f'#!/bin/sh\n{body}\n')
+        draft.chmod(0o755)
+        os.rename(draft, self.queue.path / 'to_run' / name)
+
+    def move_by_hand(self):
+        source = self.random.choice(['running', 'to_run', 'fail', 'complete'])
+        for name in self.queue.names(source)[:1]:
+            file = self.queue.path / source / name
+            with contextlib.suppress(FileNotFoundError):
+                self.touched.add(re.search('t[0-9]{5}', file.read_text())[0])
+                target = self.queue.path / self.random.choice(['to_run', 'trash']) / name
+                if not target.exists():
+                    os.rename(file, target)
+
+    def cut_off(self):
+        for name in self.queue.names('running')[:1]:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                token = re.search('t[0-9]{5}', (self.queue.path / 'running' / name).read_text())[0]
+                pid = self.queue.record(name)['pid']
+                if fastgpu.runs_shim(pid, self.queue.path / 'out' / f'{name}.exitcode'):
+                    self.touched.add(token)
+                    os.killpg(pid, signal.SIGKILL)
+
+    def rage(self, seconds):
+        (self.queue.path / 'trash').mkdir()
+        deadline = time.monotonic() + seconds
+        actions = [self.add] * 12 + [self.stop_poller] * 3 + [self.move_by_hand, self.cut_off]
+        while time.monotonic() < deadline:
+            while len(self.live) < 3:
+                self.start_poller()
+            self.random.choice(actions)()
+            time.sleep(self.random.random() / 25)
+        for poller in self.live:
+            poller.kill()
+        for poller in self.queue.pollers:
+            poller.wait()
+
+    def check(self):
+        queue = self.queue
+        queue.let_empty_records_age()
+        last = queue.start('--exit', '1')
+        last.wait(60)
+        for poller in queue.pollers:  # but for an INT while Python itself still starts
+            assert 'Traceback' not in poller.log() or re.search('KeyboardInterrupt|Fatal Python error', poller.log())
+        assert not (queue.path / 'clash').exists()
+        ended = Counter((queue.path / 'ended').read_text().split())
+        where = {}
+        for name, folder in queue.all().items():
+            token = re.search('t[0-9]{5}', (queue.path / folder / name).read_text())[0]
+            where.setdefault(token, []).append((folder, name))
+        # TERM can meet a script that is about to end badly by itself: it is requeued, as what did not end well.
+        stopped = Counter(queue.out(f'{name[:-5]}.stdout')[:6] for name in queue.names('out')
+                          if name.endswith('.json') and queue.record(name[:-5]).get('stopped'))
+        for token, status in self.statuses.items():
+            if token in self.touched:
+                continue
+            assert 1 <= ended[token] <= 1 + stopped[token], token
+            [(folder, name)] = where[token]
+            assert folder == ('fail' if status else 'complete')
+            assert queue.out(f'{name}.exitcode') == str(status)
+            assert queue.out(f'{name}.stdout') == f'{token}\nend\n'
+            assert queue.record(name)['exitcode'] == status
+        names = set(queue.names('out'))
+        for name in names:
+            if name.endswith('.json'):  # what was taken out of running while no poller looked has no end in its record
+                token = (queue.has_out(f'{name[:-5]}.stdout') or '')[:6]
+                assert 'finished' in queue.record(name[:-5]) or token in {*self.touched, ''}, name
+            else:
+                assert f'{os.path.splitext(name)[0]}.json' in names, name
+        return f'{self.tokens} scripts, {self.kills} pollers stopped, {len(self.touched)} scripts touched by hand'
+
+
+def test_random_fire(gpus, queue):
+    gpus.have(3)
+    fire = Fire(queue, seed=int(os.environ.get('SEED', time.time())))
+    fire.rage(4)
+    fire.check()
+
+
+@pytest.mark.soak
+def test_soak(gpus, tmp_path, capsys):
+    gpus.have(4)
+    deadline = time.monotonic() + float(os.environ.get('SECONDS', 600))
+    for seed in itertools.count():
+        if time.monotonic() > deadline:
+            break
+        fire = Fire(Queue(tmp_path / f'q{seed}'), seed)
+        fire.rage(min(60, max(5, deadline - time.monotonic())))
+        with capsys.disabled():
+            print(f'\nseed {seed}: {fire.check()}')
+
+
+# --- Bench: make bench, each figure beside a peer in the same run -----------------------------------------------------
 
 STAMPED = '#!/bin/sh\nexec >{out}/$$; date +%s.%N; sleep 0.05; date +%s.%N\n'
 ORIGINAL = """
