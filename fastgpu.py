@@ -116,11 +116,11 @@ def shown(text: object) -> str:
 
 def explain(error: Exception) -> str:
     """Return what an error says, for people: an OSError as `file: reason`."""
-    if isinstance(error, OSError) and error.filename is not None:
-        reason = 'is not a folder' if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
-        names = map(os.fsdecode, filter(None, (error.filename, error.filename2)))
-        return shown(f'{" -> ".join(names)}: {reason}')
-    return shown(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return shown(error)
+    reason = 'is not a folder' if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+    names = ' -> '.join(os.fsdecode(name) for name in (error.filename, error.filename2) if name)
+    return shown(f'{names}: {reason}' if names else reason)
 
 
 def near(path: StrPath) -> str:
@@ -1954,6 +1954,13 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
     return names
 
 
+def show(text: str) -> None:
+    """Print `text`, with whatever the encoding of standard output lacks escaped, for whoever may be reading that."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    with contextlib.suppress(BrokenPipeError):
+        print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command with `args` (default: those of the process) and return its exit status."""
     parser = argparse.ArgumentParser(
@@ -1979,11 +1986,11 @@ def main(args: list[str] | None = None) -> int:
     try:
         if options.add:
             for name in add_scripts(options.path, sys.stdin.buffer if sys.stdin else []):
-                print(shown(name))
+                show(shown(name))
             return 0
         if options.status:
             status = look_at_queue(find_pool(options, only_look=True))
-            print(json.dumps(status, default=str, indent=1) if options.json else screen(status))
+            show(json.dumps(status, default=str, indent=1) if options.json else screen(status))
             return 0
         pool = find_pool(options)
         pool.wrapper = options.wrapper

@@ -2634,6 +2634,19 @@ def test_status_is_for_other_users_too_and_says_what_they_may_not_see(queue):
         assert (shown.returncode, shown.stderr) == (2, f'fastgpu_poll: {path}/q/fail: Permission denied\n')
 
 
+def test_what_is_shown_ends_quietly_with_its_reader_and_fits_its_encoding(queue):
+    queue.add('\N{SNOWMAN}.sh', mode=0o644)
+    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status']
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert (run.returncode, run.stderr) == (0, '')
+    assert 'next: \\u2603.sh\n' in run.stdout
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, '')
+
+
 def test_status_of_what_is_no_queue(tmp_path):
     command = [sys.executable, str(MODULE), '--path', str(tmp_path / 'q'), '--status', '--workers', '1']
     shown = subprocess.run(command, capture_output=True, text=True)
