@@ -77,8 +77,8 @@ class Log:
         self._bottom = ''
 
     def __call__(self, text: str, alarm: bool = False) -> None:
-        """Write `text` and the time of day; on a terminal that has colours in red, if it is an `alarm`."""
-        text = f'{time.strftime("%H:%M:%S")} {text}'
+        """Write `text` and the time, to a file with the date; to a terminal with colours in red if it is an `alarm`."""
+        text = f'{time.strftime("%H:%M:%S" if self._terminal() else "%Y-%m-%dT%H:%M:%S")} {text}'
         if alarm and self._terminal() and not os.environ.get('NO_COLOR'):
             text = f'\033[31m{text}\033[0m'
         self._write(text + '\n')
@@ -131,8 +131,8 @@ def near(path: StrPath) -> str:
 
 
 def remark(reason: str, path: StrPath) -> str:
-    """Return a `reason`, if there is one, and the file that tells more."""
-    return shown(f'{reason} ({near(path)})' if reason else near(path))
+    """Return what a script said last, the `reason` that it failed, and the file that tells more."""
+    return shown(f'{reason or "said nothing"} ({near(path)})')
 
 
 def mv_command(source: StrPath, dest: StrPath) -> str:
@@ -209,14 +209,14 @@ def check_dirs(path: Path, folders: list[Path]) -> None:
 def condition(path: StrPath) -> str:
     """Return what keeps the file `path` from being run: nothing (''), or the reason in a few words.
 
-    `ignored` is what is no script at all: a hidden name, a folder, a FIFO, a dangling link, a name that is gone.
+    `ignored` is what is no script at all: a hidden name, a folder, a FIFO, a name that is gone.
     """
     if os.path.basename(path).startswith('.'):
         return 'ignored'
     try:
         status = os.stat(path)
     except OSError:
-        return 'ignored'
+        return 'a link that leads nowhere' if os.path.islink(path) else 'ignored'
     if not stat.S_ISREG(status.st_mode):
         return 'ignored'
     if not os.access(path, os.X_OK):
@@ -626,7 +626,7 @@ class Run:
 
     def save(self) -> None:
         """Write what we know of the run to its record. Raises OSError."""
-        text = json.dumps(self.record, default=str)
+        text = json.dumps(self.record, default=str) + '\n'
         if self.fd >= 0:
             write_all(self.fd, text)
         else:
@@ -755,7 +755,7 @@ class Run:
         """File it, if it has ended and its record is ours, in complete, fail or to_run, by what it left in out/.
 
         Each step can be repeated: a crash between two leaves what the next settle completes. Returns the folder it
-        is in now ('' for wherever a person put it), and what there is to say. Raises OSError, say for a full disk.
+        is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = shown(self.name), self.record, self.queue
         if self.status is None and 'pid' not in record and not self.was_started():
@@ -770,10 +770,12 @@ class Run:
             self.save()
         # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
         unknown = code is None and os.path.lexists(self.out('exitcode'))
-        how = f'({"status unknown, the disk was full" if unknown else describe(code)}, {duration(self.seconds())})'
+        killed = code is None and (record.get('stopped') or record.get('cancelled'))
+        how = 'status unknown, the disk was full' if unknown else 'killed' if killed else describe(code)
+        how = f'({how}, {duration(self.seconds())})'
         if not os.path.lexists(self.path):  # cancelled by a person, or filed by another poller
             if record.get('cancelled'):
-                return '', f'cancelled {name} {how}'
+                return 'cancelled', f'cancelled {name} {how}'
             return next((folder.name for folder in (queue.fail, queue.complete)
                          if os.path.lexists(folder / self.name)), ''), ''
         if code == 0:
@@ -783,7 +785,7 @@ class Run:
             path = safe_rename(self.path, queue.to_run, self.script)
             return 'to_run', f'requeue {name}' + f' as {shown(path.name)}' * (path.name != self.name) + f' {how}'
         path = safe_rename(self.path, queue.fail)
-        reason = missing_interpreter(path) if code == 127 else last_line(self.out('stderr'))
+        reason = (missing_interpreter(path) if code == 127 else '') or last_line(self.out('stderr'))
         return 'fail', f'fail {name} {how}: {remark(reason, self.out("stderr"))}'
 
 
@@ -808,7 +810,9 @@ class ResourcePoolBase:
         self.wrapper: list[str] = []  # words to put in front of each script's path
         self.completed: list[str] = []  # the runs that this pool filed, by name
         self.failed: list[str] = []
-        self.busy_seconds = 0.0  # of all resources together, by those runs
+        self.cancelled: list[str] = []
+        self.busy_seconds = 0.0  # of all resources together, by those runs, since we poll
+        self._seconds = 0.0  # that those runs took
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
@@ -1021,9 +1025,11 @@ class ResourcePoolBase:
             return False
         if text:
             log(f'{self._where(run.record.get("ids", "?"))}: {text}', alarm=folder == 'fail')
-        if folder in ('complete', 'fail'):
-            (self.completed if folder == 'complete' else self.failed).append(run.name)
+        ended = {'complete': self.completed, 'fail': self.failed, 'cancelled': self.cancelled}.get(folder)
+        if ended is not None:
+            ended.append(run.name)
             self.busy_seconds += run.seconds(self._began) * len(run.record.get('ids', [0]))
+            self._seconds += run.seconds()
         return True
 
     def _where(self, ids: Iterable[Any]) -> str:
@@ -1093,7 +1099,7 @@ class ResourcePoolBase:
                 if not self._runs:
                     self._look_at = 0.0  # leave only after a look around, which may requeue something
                     continue
-                if not any(run.process for run in self._runs.values()):
+                if look and not any(run.process for run in self._runs.values()):
                     for name in self._runs:
                         self._say(name, f'waiting for {shown(name)}, which runs without this poller')
             log.bottom(self._progress())
@@ -1317,7 +1323,7 @@ class ResourcePoolBase:
         alive = [run for run in self._runs.values() if run.process and run.process.returncode is None]
         if not self._stopping():
             if alive and 'stop' not in self._said:
-                self._say('stop', f'interrupted: waiting for {count(len(alive), "script")} (again: stop)')
+                self._say('stop', f'interrupted: waiting for {count(len(alive), "script")}; Ctrl-C again stops them')
             return not alive
         if self._stop_at is None:
             self._stop_at = time.monotonic()
@@ -1346,18 +1352,19 @@ class ResourcePoolBase:
         if not self._signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or self._why_unfit(name) or "new"})')
-        done = len(self.completed) + len(self.failed)
+        done = len(self.completed) + len(self.failed) + len(self.cancelled)
         if done or left:
             log(f'{shown(self.host)}: ' * self._many_hosts + f'{count(done, "script")} in {duration(seconds)}: '
                 f'{len(self.completed)} complete, {len(self.failed)} fail'
+                + f', {len(self.cancelled)} cancelled' * bool(self.cancelled)
                 + f', {len(left)} left in to_run' * bool(left))
         else:
             log(f'nothing to run in {shown(self.queue.to_run)}')
         if done:
             share = min(1.0, self.busy_seconds / max(0.001, seconds) / len(list(self.all_ids())))
-            log(f'{self.busy_seconds / 3600:.1f} {self.kind} hours used, {self.kind}s busy {share:.0%} of the time')
+            log(f'{duration(self.busy_seconds)} of {self.kind} time used, {self.kind}s busy {share:.0%} of the time')
         if self.failed:
-            log('failed: ' + shown(' '.join(self.failed[:10])) + f' and {len(self.failed) - 10} more'
+            log('failed: ' + shown(shlex.join(self.failed[:10])) + f' and {len(self.failed) - 10} more'
                 * (len(self.failed) > 10), alarm=True)
         if self._signals:
             return 128 + self._signals[-1]
@@ -1365,10 +1372,13 @@ class ResourcePoolBase:
 
     def _progress(self) -> str:
         """Return in one line how far this poller is."""
-        done, waiting, running = len(self.completed) + len(self.failed), len(self._scripts.names), len(self._runs)
-        text = f'{done}/{done + running + waiting} done, {len(self.failed)} failed, {running} running'
+        done, running = len(self.completed) + len(self.failed), len(self._runs)
+        waiting = 0 if self._signals else len(self._scripts.names)
+        if not (running or waiting):
+            return f'{done} done ({len(self.failed)} failed), waiting for scripts'
+        text = f'{done}/{done + running + waiting} done ({len(self.failed)} failed), {running} running'
         if done and running:
-            text += f', {duration(time_left(self.busy_seconds / done, waiting, running))} left'
+            text += f', {duration(time_left(self._seconds / done, waiting, running))} left'
         return text
 
 
@@ -1584,8 +1594,8 @@ def find_driver() -> tuple[Nvml | NvidiaSmi, list[Gpu]]:
     except ImportError:
         driver = NvidiaSmi()
         if not shutil.which('nvidia-smi'):
-            raise FastgpuError('no NVIDIA driver found (neither nvidia-ml-py, from pip install nvidia-ml-py, nor '
-                               f'nvidia-smi, from the driver, is here); {instead}') from None
+            raise FastgpuError('no NVIDIA driver found: neither the package nvidia-ml-py nor the command nvidia-smi '
+                               f'is here; {instead}') from None
         log('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py')
     try:
         gpus = driver.gpus()
@@ -1826,8 +1836,10 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
     """
     queue = pool.queue
+    waiting = [(name, reason) for name, reason in conditions(queue.to_run) if reason != 'ignored']
     names = {folder.name: sorted(name for name in os.listdir(folder) if name[0] != '.')
-             for folder in (queue.to_run, queue.running, queue.complete, queue.fail)}
+             for folder in (queue.running, queue.complete, queue.fail)}
+    alive = is_held(queue.alive)
     runs = [look_at_run(queue, name) for name in names['running']]
     rows = [{'kind': pool.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None, **pool.look(ident)}
             for ident in pool.all_ids()]
@@ -1836,20 +1848,22 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
             row = next((row for row in rows if (row['kind'], row['id']) == (run['kind'], ident)), None)
             if row is None:
                 rows.append(row := {'kind': run['kind'] or 'resource', 'id': ident})
-            row.update(state='running', script=run['script'], user=run['user'], seconds=run['seconds'], reason=None)
+            row.update({key: run[key] for key in ('script', 'user', 'seconds')}, state='running', reason=None)
+            if not (alive or runs_shim(run['pid'], queue.out_file(run['script'], 'exitcode'))):
+                row.update(state='ended', seconds=None, reason='the next fastgpu_poll files it')
     ended = names['complete'] + names['fail']
     some = [look_at_run(queue, name)['seconds'] for name in ended[::len(ended) // 100 + 1]]
     known = [seconds for seconds in some if seconds is not None]
-    waiting = len(names['to_run'])
-    left = time_left(sum(known) / len(known), waiting, len(runs) or len(rows)) if known and (waiting or runs) else None
+    left = time_left(sum(known) / len(known), len(waiting), len(runs) or len(rows)) if known and alive else None
     last = sorted(names['fail'], key=lambda name: (file_mark(queue.fail / name)[2:], name), reverse=True)[:3]
     return {
-        'path': str(queue.path), 'host': queue.host, 'poller': is_held(queue.alive), 'resources': rows,
+        'path': str(queue.path), 'host': queue.host, 'poller': alive, 'resources': rows,
         'elsewhere': [run for run in runs if run['host'] != queue.host],
-        'counts': {folder: len(scripts) for folder, scripts in names.items()}, 'next': names['to_run'][:3],
+        'counts': {'to_run': len(waiting), **{folder: len(scripts) for folder, scripts in names.items()}},
+        'next': [name for name, reason in waiting if reason in ('', 'just written')][:3],
         'failed': [{'script': name, 'stderr': path, 'last_line': last_line(path)}
                    for name in last for path in [queue.out_file(name, 'stderr')]],
-        'seconds_left': None if left is None else round(left, 1)}
+        'seconds_left': None if left is None or not (waiting or runs) else round(left, 1)}
 
 
 def look_at_run(queue: Queue, name: str) -> dict[str, Any]:
@@ -1862,7 +1876,7 @@ def look_at_run(queue: Queue, name: str) -> dict[str, Any]:
         if record:
             seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
     return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
-            'user': user, 'seconds': seconds}
+            'pid': record.get('pid'), 'user': user, 'seconds': seconds}
 
 
 def screen(status: dict[str, Any]) -> str:
@@ -1873,6 +1887,8 @@ def screen(status: dict[str, Any]) -> str:
         state = shown(resource['state'])
         if state == 'running':
             state = shown(f'{resource["script"]}, {resource["user"]}, {duration(resource["seconds"] or 0)}')
+        elif state == 'ended':
+            state = shown(f'{resource["script"]}, {resource["user"]}, ended: {resource["reason"]}')
         elif resource['reason']:
             state += f': {resource["reason"]}'
         rows.append([shown(f'{resource["kind"]} {resource["id"]}'), resource.get('model') or '',
@@ -1886,7 +1902,7 @@ def screen(status: dict[str, Any]) -> str:
                  + f' · {"a" if status["poller"] else "no"} poller is alive on {status["host"]}'
                  + (f' · about {duration(status["seconds_left"])} left' if status['seconds_left'] is not None else ''))
     if status['next']:
-        lines.append('next: ' + shown(' '.join(status['next'])))
+        lines.append('next: ' + shown(shlex.join(status['next'])))
     for failed in status['failed']:
         lines.append(f'failed: {shown(failed["script"])}: {remark(failed["last_line"], failed["stderr"])}')
     return '\n'.join(lines)
@@ -1922,7 +1938,7 @@ def words(text: str) -> list[str]:
 def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
     """Put a script into to_run for each line of `commands`, blank ones and comments left out; return their names.
 
-    They are called job-000001.sh and so on, numbered after all such that the queue holds, and run in the folder that
+    They are called job-000001.sh and so on, numbered after all such that the queue knows, and run in the folder that
     is the current one now. Raises FastgpuError for a line that cannot be a script, before anything is put there, and
     where only some could be; OSError where there is no queue.
     """
@@ -1938,7 +1954,7 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
     draft = folders[0] / f'.job-{os.uname().nodename}-{os.getpid()}'
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time, so that the lines of one stay together
-        taken = [int(match[1]) for folder in folders[:4] for name in os.listdir(folder)
+        taken = [int(match[1]) for folder in folders for name in os.listdir(folder)
                  if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
         for number, line in enumerate(lines, max(taken, default=0) + 1):
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
@@ -1976,16 +1992,24 @@ def main(args: list[str] | None = None) -> int:
                         help='Run up to N scripts on a GPU (default: 1)')
     parser.add_argument('--wrapper', type=words, default=[], metavar='CMD',
                         help="Words to put before each script's path, as 'timeout 4h'")
-    parser.add_argument('--add', action='store_true', help='Make a script of each line of standard input, and exit')
-    parser.add_argument('--status', action='store_true', help='Show what runs and what waits, and exit')
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument('--add', action='store_true', help='Make a script of each line of standard input, and exit')
+    instead.add_argument('--status', action='store_true', help='Show what runs and what waits, and exit')
     parser.add_argument('--json', action='store_true', help='With --status: as JSON')
     parser.add_argument('--version', action='version', version=f'fastgpu {__version__}')
     options = parser.parse_args(args)
     if options.json and not options.status:
         parser.error('--json is for --status')
+    if not options.path:
+        parser.error('argument --path: an empty name is no folder')
     try:
         if options.add:
-            for name in add_scripts(options.path, sys.stdin.buffer if sys.stdin else []):
+            if sys.stdin and sys.stdin.isatty():
+                print('commands, one a line, to the end of the file (Ctrl-D):', file=sys.stderr)
+            names = add_scripts(options.path, sys.stdin.buffer if sys.stdin else [])
+            if not names:
+                print('fastgpu_poll: nothing to add: no commands on standard input', file=sys.stderr)
+            for name in names:
                 show(shown(name))
             return 0
         if options.status:

@@ -451,9 +451,11 @@ def test_a_script_without_interpreter_line_runs_under_sh(queue):
 
 def test_an_interpreter_that_does_not_exist_is_named(queue):
     queue.add('a.sh', head='#!/bin/sh\r\n')
+    queue.add('b.sh', 'no-such-command')
     status, log = queue.poll()
     assert status == 1
-    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'fail'}
+    assert re.search(r'b.sh \(status 127, 0.\d s\): .*no-such-command: not found \(', log)
     assert r'a.sh (status 127, 0.0 s): its interpreter /bin/sh\r does not exist' in re.sub(r'\d\.\d s', '0.0 s', log)
 
 
@@ -488,12 +490,21 @@ def test_what_is_no_script_is_ignored(queue):
     to_run = queue.path / 'to_run'
     (to_run / 'folder').mkdir()
     os.mkfifo(to_run / 'fifo', 0o755)
-    (to_run / 'dangling').symlink_to('nowhere')
     queue.add('.hidden')
     status, log = queue.poll()
     assert status == 0
     assert f'nothing to run in {queue.path}/to_run' in log
-    assert sorted(os.listdir(to_run)) == ['.hidden', 'dangling', 'fifo', 'folder']
+    assert sorted(os.listdir(to_run)) == ['.hidden', 'fifo', 'folder']
+
+
+def test_a_link_that_leads_nowhere_is_named_and_left(queue):
+    (queue.path / 'to_run' / 'a.sh').symlink_to('nowhere')
+    queue.add('b.sh')
+    status, log = queue.poll(cwd=queue.path)
+    assert status == 1
+    assert 'to_run/a.sh cannot run: a link that leads nowhere\n' in log
+    assert 'left in to_run: a.sh (a link that leads nowhere)\n' in log
+    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
 
 
 @pytest.mark.parametrize('name', [b'with space', b'new\nline', b'quo"te\'s', b'-rf', b'$HOME;`id`', b'\xff\xfe.sh',
@@ -1263,7 +1274,7 @@ def test_a_script_that_could_not_run_is_looked_at_again_when_it_has_changed(gpus
 
 def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queue):
     queue.add('a.sh', 'exit 3')
-    assert queue.poll(cwd=queue.path)[1].count('s): out/a.sh.stderr\n') == 1
+    assert queue.poll(cwd=queue.path)[1].count('s): said nothing (out/a.sh.stderr)\n') == 1
 
 
 # --- Rule 7: the folders stay true under mv, rm and cp ----------------------------------------------------------------
@@ -1282,6 +1293,10 @@ def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
     until(lambda: 'cancelled moved.sh (status 143, SIGTERM' in poller.log())
     queue.add('next.sh')
     until(lambda: queue.names('complete') == ['next.sh'])  # the slots are free again
+    poller.send_signal(signal.SIGINT)
+    assert poller.wait(30) == 130
+    assert ' 3 scripts in ' in poller.log()
+    assert ': 1 complete, 0 fail, 2 cancelled\n' in poller.log()
 
 
 def test_a_script_is_not_cancelled_because_its_folder_cannot_be_seen(queue):
@@ -1377,7 +1392,7 @@ def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: waiting for 1 script (again: stop)' in poller.log())
+    until(lambda: 'interrupted: waiting for 1 script; Ctrl-C again stops them' in poller.log())
     queue.open_gate()
     assert poller.wait(30) == 130
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
@@ -2260,8 +2275,8 @@ def test_without_both_one_line_tells_both_remedies(smi, queue, monkeypatch):
         pytest.skip('a real nvidia-smi is here')
     status, log = queue.poll('--exit', '1')
     assert status == 2
-    assert log == ('fastgpu_poll: no NVIDIA driver found (neither nvidia-ml-py, from pip install nvidia-ml-py, nor '
-                   'nvidia-smi, from the driver, is here); use --workers N to run without GPUs\n')
+    assert log == ('fastgpu_poll: no NVIDIA driver found: neither the package nvidia-ml-py nor '
+                   'the command nvidia-smi is here; use --workers N to run without GPUs\n')
 
 
 # --- GPUs: several per script -----------------------------------------------------------------------------------------
@@ -2490,9 +2505,9 @@ def test_the_log_of_a_failure_ends_with_its_last_words_and_the_summary_names_it(
     status, log = queue.poll('--workers', '1', cwd=queue.path)
     assert status == 1
     assert re.search(r' worker 0: fail a.sh \(status 1, 0.. s\): loss is \\x1b\[31mnan \(out/a.sh.stderr\)\n', log)
-    assert re.search(r' worker 0: fail b.sh \(status 2, 0.. s\): out/b.sh.stderr\n', log)
+    assert re.search(r' worker 0: fail b.sh \(status 2, 0.. s\): said nothing \(out/b.sh.stderr\)\n', log)
     assert re.search(r' 3 scripts in .* s: 1 complete, 2 fail\n'
-                     r'\S+ 0.0 worker hours used, workers busy \d+% of the time\n\S+ failed: a.sh b.sh\n$', log)
+                     r'\S+ 0.. s of worker time used, workers busy \d+% of the time\n\S+ failed: a.sh b.sh\n$', log)
     assert log.index('complete c.sh') > log.index('start c.sh') > log.index('fail b.sh')
 
 
@@ -2519,7 +2534,7 @@ def on_a_terminal(queue, columns=60, **env):
 
 def test_a_terminal_has_a_line_of_progress_below_the_log_as_wide_as_it_is(queue):
     text = on_a_terminal(queue, columns=30)
-    assert '\r\033[K1/2 done, 1 failed, 1 running' [:4 + 29] in text
+    assert '\r\033[K1/2 done (1 failed), 1 running'[:4 + 29] in text
     assert re.search(r'\r\033\[K\033\[31m\S+ worker 0: fail a.sh .*\033\[0m\r\n', text)
     assert all(len(part) < 30 for part in re.findall(r'\r\033\[K(\d+/\d+ done[^\r\n]*)', text))
     assert re.search(r' failed: a.sh\033\[0m\r\n$', text)  # and no line of progress is left
@@ -2586,19 +2601,22 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
         assert as_json['counts'] == {'to_run': 4, 'running': 1, 'complete': 0, 'fail': 5}
         assert as_json['next'] == ['b.sh', 'c.sh', 'd.sh']
         assert [failed['script'] for failed in as_json['failed']] == ['4.sh', '3.sh', '2.sh']
-        assert as_json['seconds_left'] >= 0
+        assert (as_json['seconds_left'] is not None) is alive
         user = as_json['resources'][0]['user']
         for line in (rf'gpu 0  NVIDIA H100  0.5 of 80.0 GiB  a.sh, {user}, \d+\.\d s',
                      f'gpu 1  NVIDIA H100  4.0 of 80.0 GiB  busy: 4.0 GiB used by pid {2**22 + 1}',
                      'gpu 2 .*unusable: GPU is lost',
                      r'gpu 3 .* busy: runs theirs.sh of user \d+ \(pid \d+, .*/other\) for \d+\.\d s',
                      'failed: 4.sh: bad luck \\(.*/out/4.sh.stderr\\)',
-                     f'fail 5 · {"a" if alive else "no"} poller is alive on .* · about .* left'):
+                     f'fail 5 · {"a poller is alive on .* · about .* left" if alive else "no poller is alive on .*"}'):
             assert re.search(f'^.*{line}$', text, re.M), (line, text)
         poller.kill()
         poller.wait()
     for some in queue, other:
         some.open_gate()
+    resource = until(lambda: [row for row in status(queue)[0]['resources'] if row['state'] == 'ended'])[0]
+    assert resource['script'] == 'a.sh'
+    assert f'a.sh, {user}, ended: the next fastgpu_poll files it\n' in status(queue)[1]
 
 
 def test_status_of_slots_and_of_other_hosts(queue, monkeypatch):
@@ -2635,11 +2653,11 @@ def test_status_is_for_other_users_too_and_says_what_they_may_not_see(queue):
 
 
 def test_what_is_shown_ends_quietly_with_its_reader_and_fits_its_encoding(queue):
-    queue.add('\N{SNOWMAN}.sh', mode=0o644)
+    queue.add('\N{SNOWMAN}.sh')
     command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status']
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert (run.returncode, run.stderr) == (0, '')
-    assert 'next: \\u2603.sh\n' in run.stdout
+    assert 'next: \'\\u2603.sh\'\n' in run.stdout
     read, write = os.pipe()
     os.close(read)
     run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
@@ -2665,6 +2683,9 @@ def test_status_of_what_is_no_queue(tmp_path):
     (['--max-used', 'nan'], "argument --max-used: not a number of MiB: 'nan'"),
     (['--max-used', '-1'], 'argument --max-used: '),
     (['--nonsense'], 'unrecognized arguments: --nonsense'),
+    (['--path', ''], 'argument --path: an empty name is no folder'),
+    (['--add', '--status'], 'argument --status: not allowed with argument --add'),
+    (['--json'], '--json is for --status'),
 ])
 def test_wrong_options_are_named(args, words):
     run = subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True)
@@ -2752,7 +2773,7 @@ def test_add_makes_a_script_of_each_line_which_runs_where_it_was_called(queue, t
     assert (queue.path / 'out' / 'job-000003.sh.stdout').read_bytes() == b'\xff %s\n'
     assert queue.out('job-000004.sh.exitcode') == '2'
     assert queue.out('job-000005.sh.exitcode') == '1'
-    (queue.path / 'fail' / 'job-000005.sh').rename(queue.path / 'fail' / 'job-000005-1.sh')
+    (queue.path / 'fail' / 'job-000005.sh').unlink()  # what is left of it, in out/, is still called so
     assert added(queue, b'true')[1] == ['job-000006.sh']
 
 
@@ -2772,7 +2793,8 @@ def test_add_refuses_what_cannot_be_a_script_before_it_adds_any(queue):
     code, out, err = added(queue, b'true\nec\0ho\n')
     assert (code, out, err) == (2, [], 'fastgpu_poll: no script can hold a NUL byte: ec\\x00ho\n')
     assert queue.all() == {}
-    assert added(queue, b'\n# only a comment\n') == (0, [], '')
+    assert added(queue, b'\n# only a comment\n') == (
+        0, [], 'fastgpu_poll: nothing to add: no commands on standard input\n')
 
 
 def test_add_on_a_full_disk_says_how_far_it_came_and_leaves_no_half_script(small_disk):
