@@ -1473,9 +1473,11 @@ class Nvml:
         return found
 
     def _name(self, handle: Any) -> tuple[str, str]:
-        """Return the UUID and the model of a GPU or an instance. Raises NVMLError."""
-        return (str(self._ask(self._nvml.nvmlDeviceGetUUID, handle)),
-                str(self._ask(self._nvml.nvmlDeviceGetName, handle)))
+        """Return the UUID and the model, which is for people only, of a GPU or an instance. Raises NVMLError."""
+        uuid = str(self._ask(self._nvml.nvmlDeviceGetUUID, handle))
+        with contextlib.suppress(self._nvml.NVMLError):
+            return uuid, str(self._ask(self._nvml.nvmlDeviceGetName, handle))
+        return uuid, ''
 
     def _instances(self, handle: Any) -> list[Any] | None:
         """Return the handles of the MIG instances of a GPU, None if it is not in MIG mode. Raises NVMLError."""
