@@ -507,6 +507,15 @@ def test_a_link_that_leads_nowhere_is_named_and_left(queue):
     assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
 
 
+def test_a_script_added_as_to_run_is_listed_is_not_overlooked_at_the_end(queue):
+    # The time stamp of a folder is coarse: here it stays what it was when the poller listed the folder last.
+    b = queue.add('b.sh')
+    b.rename(queue.path / 'b.sh')
+    queue.add('a.sh', f'cd {queue.path}; sleep 0.5; touch -r to_run stamp; mv b.sh to_run; touch -r stamp to_run')
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
 @pytest.mark.parametrize('name', [b'with space', b'new\nline', b'quo"te\'s', b'-rf', b'$HOME;`id`', b'\xff\xfe.sh',
                                   b'\x1b[31mred', 'ä→名'.encode(), b'*', b'a\\b', b'%s%d'])
 def test_any_name_runs_and_is_logged_escaped(queue, name):
@@ -2549,7 +2558,8 @@ def test_colours_and_progress_can_be_refused(queue):
 
 def test_a_log_in_a_file_has_neither_progress_nor_colours(queue):
     queue.add('a.sh', 'exit 1')
-    log = queue.poll()[1]
+    log = queue.poll(env={**os.environ, 'TERM': 'xterm'})[1]
+    assert 'fail a.sh' in log
     assert '\033' not in log
     assert '\r' not in log
 
