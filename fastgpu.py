@@ -154,7 +154,7 @@ def count(number: int, thing: str) -> str:
 
 
 def time_left(mean: float, waiting: int, running: int) -> float:
-    """Return the seconds until so many scripts have ended, if they take the `mean` of the earlier ones."""
+    """Return the seconds until so many scripts have ended, if each takes the `mean` of those that did or still run."""
     return mean * (waiting + running / 2) / max(1, running)
 
 
@@ -1376,13 +1376,15 @@ class ResourcePoolBase:
 
     def _progress(self) -> str:
         """Return in one line how far this poller is."""
-        done, running = len(self.completed) + len(self.failed), len(self._runs)
+        done, running = len(self.completed) + len(self.failed) + len(self.cancelled), len(self._runs)
         waiting = 0 if self._signals else len(self._scripts.names)
         if not (running or waiting):
             return f'{done} done ({len(self.failed)} failed), waiting for scripts'
         text = f'{done}/{done + running + waiting} done ({len(self.failed)} failed), {running} running'
         if done and running:
-            text += f', {duration(time_left(self._seconds / done, waiting, running))} left'
+            now = time.time()
+            seconds = self._seconds + sum(now - run.record.get('started', now) for run in self._runs.values())
+            text += f', about {duration(time_left(seconds / (done + running), waiting, running))} left'
         return text
 
 
@@ -1858,8 +1860,10 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
                 row.update(state='ended', seconds=None, reason='the next fastgpu_poll files it')
     ended = names['complete'] + names['fail']
     some = [look_at_run(queue, name)['seconds'] for name in ended[::len(ended) // 100 + 1]]
-    known = [seconds for seconds in some if seconds is not None]
-    left = time_left(sum(known) / len(known), len(waiting), len(runs) or len(rows)) if known and alive else None
+    known = [seconds for seconds in (*some, *(run['seconds'] for run in runs)) if seconds is not None]
+    left = None
+    if alive and ended and known and (waiting or runs):
+        left = round(time_left(sum(known) / len(known), len(waiting), len(runs) or len(rows)), 1)
     last = sorted(names['fail'], key=lambda name: (file_mark(queue.fail / name)[2:], name), reverse=True)[:3]
     return {
         'path': str(queue.path), 'host': queue.host, 'poller': alive, 'resources': rows,
@@ -1868,7 +1872,7 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
         'next': [name for name, reason in waiting if reason in ('', 'just written')][:3],
         'failed': [{'script': name, 'stderr': path, 'last_line': last_line(path)}
                    for name in last for path in [queue.out_file(name, 'stderr')]],
-        'seconds_left': None if left is None or not (waiting or runs) else round(left, 1)}
+        'seconds_left': left}
 
 
 def look_at_run(queue: Queue, name: str) -> dict[str, Any]:
