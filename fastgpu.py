@@ -817,8 +817,8 @@ class ResourcePoolBase:
         self.completed: list[str] = []  # the runs that this pool filed, by name
         self.failed: list[str] = []
         self.cancelled: list[str] = []
-        self.busy_seconds = 0.0  # of all resources together, by those runs, since we poll
-        self._seconds = 0.0  # that those runs took
+        self.busy_seconds = 0.0  # of all resources together, since we poll
+        self._seconds = 0.0  # that these runs took
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
@@ -1032,8 +1032,8 @@ class ResourcePoolBase:
         ended = {'complete': self.completed, 'fail': self.failed, 'cancelled': self.cancelled}.get(folder)
         if ended is not None:
             ended.append(run.name)
-            self.busy_seconds += run.seconds(self._began) * len(run.record.get('ids', [0]))
             self._seconds += run.seconds()
+        self.busy_seconds += run.seconds(self._began) * len(run.record.get('ids', [0]))
         return True
 
     def _where(self, ids: Iterable[Any]) -> str:
