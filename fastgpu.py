@@ -261,7 +261,6 @@ class Listing:
     def __init__(self, folder: StrPath) -> None:
         self.folder = folder
         self.names: list[str] = []  # what is left of the list, backwards
-        self.number = 0  # how many there were
         self.again = False  # set it where a name was taken that should come again
         self._changed = 0
         self._due = self._expires = 0.0
@@ -279,7 +278,7 @@ class Listing:
         if changed == self._changed and not self.again and began < self._expires:
             return False
         self.names = sorted((name for name in os.listdir(self.folder) if name[0] != '.'), reverse=True)
-        self.number, self.again, self._changed = len(self.names), False, changed
+        self.again, self._changed = False, changed
         self._due = time.monotonic() + 10 * (time.monotonic() - began)
         self._expires = began + LOOK_AROUND
         return True
@@ -1078,14 +1077,10 @@ class ResourcePoolBase:
     def _poll(self, poll_interval: float, exit_when_empty: bool) -> None:
         """Do what `poll_scripts` says."""
         while True:
-            look = time.monotonic() >= self._look_at
-            if look:
-                self._look_at = time.monotonic() + LOOK_AROUND
-                self._find_others()
-                self._release()
-                self._collect(others=True)
-                self._look_at = max(self._look_at, time.monotonic() + LOOK_AROUND / 2)  # if that took its time
-            idle = look and not self._runs
+            looked = time.monotonic() >= self._look_at
+            if looked:
+                self._look_around()
+            idle = looked and not self._runs
             if idle:
                 self._scripts.expire()
             # No resource waits for us: the next scripts start before those that have ended are filed.
@@ -1103,7 +1098,7 @@ class ResourcePoolBase:
                 if not self._runs:
                     self._look_at = 0.0  # leave only after a look around, which may requeue something
                     continue
-                if look and not any(run.process for run in self._runs.values()):
+                if looked and not any(run.process for run in self._runs.values()):
                     for name in self._runs:
                         self._say(name, f'waiting for {shown(name)}, which runs without this poller')
             log.bottom(self._progress())
@@ -1193,12 +1188,16 @@ class ResourcePoolBase:
         reason, mark = self._unfit.get(name, ('', ()))
         return reason if reason and mark == file_mark(self.queue.to_run / name) else ''
 
-    def _find_others(self) -> None:
-        """Take up the runs in running/ that are not ours; `_collect` files them when they have ended."""
+    def _look_around(self) -> None:
+        """Take up the runs in running/ that are not ours, and file those that have ended."""
+        self._look_at = time.monotonic() + LOOK_AROUND
         self._elsewhere.clear()
         for name in sorted(os.listdir(self.queue.running)):
             if name not in self._runs and name[0] != '.':
                 self._runs[name] = Run(self.queue, name)
+        self._release()
+        self._collect(others=True)
+        self._look_at = max(self._look_at, time.monotonic() + LOOK_AROUND / 2)  # if that took its time
 
     def _release(self) -> bool:
         """Give back what those scripts of ours held that have ended; return whether that was anything."""
