@@ -421,7 +421,7 @@ def read_note(path: StrPath) -> str:
     return ''
 
 
-# --- Runs: what out/ says about one ---------------------------------------------------------------------------------
+# --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
 
 # Outlives the poller, and signals to its group until the script is done; writes the status of the words after its
 # first to the file that is its first. A trap that is set, unlike a signal that is ignored, is not inherited by what it
@@ -1401,7 +1401,7 @@ class FixedWorkerPool(ResourcePoolBase):
         return self.worker_ids
 
 
-# --- GPUs: what the driver says of them, and which of them nobody uses -----------------------------------------------
+# --- GPUs: what the driver says of them, and which of them nobody uses ----------------------------------------------
 
 class GpuError(Exception):
     """Why a GPU cannot be used, in the driver's words."""
@@ -1834,7 +1834,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         return None
 
 
-# --- Status: what there is to see, for everybody who may read the folders --------------------------------------------
+# --- Status: what there is to see, for everybody who may read the folders -------------------------------------------
 
 def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     """Return the state of the queue of `pool`: what `fastgpu_poll --status --json` prints, see the README.
