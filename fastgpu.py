@@ -996,7 +996,7 @@ class ResourcePoolBase:
         try:
             for ident in ids:
                 if ident not in self._locks and not self.lock(ident):
-                    raise FastgpuError(f'{self.kind} {ident} {self._reasons[ident]}')
+                    raise FastgpuError(f'{self.kind} {ident} {self._reasons.get(ident, "busy")}')
             run = self.queue.claim(os.path.basename(script), self.kind, ids)
             if run:
                 self._launch(run, [*self.wrapper, run.path])
@@ -1128,7 +1128,7 @@ class ResourcePoolBase:
             except FastgpuError as error:
                 self._unfit[name] = str(error), file_mark(self.queue.to_run / name)
             except OSError as error:
-                self._say('start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
+                self._say('/start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
                 self._start_at = time.monotonic() + LOOK_AROUND
         return not self._signals
 
@@ -1263,7 +1263,7 @@ class ResourcePoolBase:
             return False
         # Its stderr has what the shell said; a script that could end so itself would have an exit code.
         if code == NOT_STARTED and not os.path.lexists(run.out('exitcode')) and not os.stat(run.out('stdout')).st_size:
-            self._say('start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
+            self._say('/start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
             self._start_at = time.monotonic() + LOOK_AROUND
             run.unclaim()
             return True
@@ -1325,8 +1325,8 @@ class ResourcePoolBase:
         # Ours that run; one that has ended and cannot be filed now is for the next poller.
         alive = [run for run in self._runs.values() if run.process and run.process.returncode is None]
         if not self._stopping():
-            if alive and 'stop' not in self._said:
-                self._say('stop', f'interrupted: waiting for {count(len(alive), "script")}; Ctrl-C again stops them')
+            if alive and '/stop' not in self._said:
+                self._say('/stop', f'interrupted: waiting for {count(len(alive), "script")}; Ctrl-C again stops them')
             return not alive
         if self._stop_at is None:
             self._stop_at = time.monotonic()
@@ -1343,7 +1343,10 @@ class ResourcePoolBase:
         return (looked and not (alive or killed)) or time.monotonic() > self._stop_at + 2 * GRACE
 
     def _say(self, about: Hashable, text: str) -> None:
-        """Log `text` unless it is what was last said about this, but for amounts of memory, which always change."""
+        """Log `text` unless it is what was last said about this, but for amounts of memory, which always change.
+
+        `about` is a resource, a script by its name, or a word with a slash, which no script can be called.
+        """
         gist = re.sub(r'[0-9.]+ [MG]iB', '', text)
         if self._said.get(about) != gist:
             self._said[about] = gist
@@ -1754,13 +1757,12 @@ class ResourcePoolGPU(ResourcePoolBase):
             pids = self._driver.pids(gpu)
             self._keep_up()
         except DriverError as error:
-            self._reasons[ident] = ''
-            self._say('driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
+            self._say('/driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
             return False
         except GpuError as error:
             self._reasons[ident] = f'unusable: {shown(error)}'
             return False
-        if self._said.pop('driver', None):
+        if self._said.pop('/driver', None):
             log('the NVIDIA driver is back')
         if ident in self._shared:
             busy = total - used < total / self.per_gpu
