@@ -209,10 +209,8 @@ def check_dirs(path: Path, folders: list[Path]) -> None:
 def condition(path: StrPath) -> str:
     """Return what keeps the file `path` from being run: nothing (''), or the reason in a few words.
 
-    `ignored` is what is no script at all: a hidden name, a folder, a FIFO, a name that is gone.
+    `ignored` is what is no script at all: a folder, a FIFO, a name that is gone.
     """
-    if os.path.basename(path).startswith('.'):
-        return 'ignored'
     try:
         status = os.stat(path)
     except OSError:
@@ -227,10 +225,15 @@ def condition(path: StrPath) -> str:
     return ''
 
 
-def conditions(folder: StrPath) -> Iterator[tuple[str, str]]:
-    """Yield the name and the `condition` of each file in `folder`, in sorted order."""
-    for name in sorted(os.listdir(folder)):
-        yield name, condition(os.path.join(folder, name))
+def names_in(folder: StrPath) -> list[str]:
+    """Return the names in `folder` that are not hidden, in sorted order."""
+    return sorted(name for name in os.listdir(folder) if name[0] != '.')
+
+
+def scripts_in(folder: StrPath) -> dict[str, str]:
+    """Return the names of the scripts in `folder`, in sorted order, each with its `condition`."""
+    found = {name: condition(os.path.join(folder, name)) for name in names_in(folder)}
+    return {name: reason for name, reason in found.items() if reason != 'ignored'}
 
 
 def file_mark(path: StrPath) -> tuple[int, ...]:
@@ -248,7 +251,7 @@ def find_next_script(p: StrPath) -> Path | None:
     A script is a regular file, or a link to one, that is not hidden, is executable, and was not written to within
     the last 0.1 s: someone may still be copying it. Raises OSError where `p` cannot be read.
     """
-    return next((Path(p) / name for name, reason in conditions(p) if not reason), None)
+    return next((Path(p) / name for name in names_in(p) if not condition(os.path.join(p, name))), None)
 
 
 class Listing:
@@ -262,26 +265,22 @@ class Listing:
         self.folder = folder
         self.names: list[str] = []  # what is left of the list, backwards
         self.again = False  # set it where a name was taken that should come again
+        self.waiting = False  # and this where it is to come in a moment
         self._changed = 0
         self._due = self._expires = 0.0
 
-    def expire(self) -> None:
-        """Let the next `update` list the folder, come what may."""
-        self._due = self._expires = 0.0
-
-    def update(self) -> bool:
-        """List the folder if that is due; return whether it was listed. Raises OSError."""
+    def update(self) -> None:
+        """List the folder if that is due. Raises OSError."""
         began = time.monotonic()
         if began < self._due:
-            return False
+            return
         changed = os.stat(self.folder).st_mtime_ns
         if changed == self._changed and not self.again and began < self._expires:
-            return False
-        self.names = sorted((name for name in os.listdir(self.folder) if name[0] != '.'), reverse=True)
-        self.again, self._changed = False, changed
+            return
+        self.names = names_in(self.folder)[::-1]
+        self.again, self.waiting, self._changed = False, False, changed
         self._due = time.monotonic() + 10 * (time.monotonic() - began)
         self._expires = began + LOOK_AROUND
-        return True
 
 
 def numbered(name: str, n: int) -> str:
@@ -832,7 +831,6 @@ class ResourcePoolBase:
         self._began = time.time()
         self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
         self._scripts = Listing(self.queue.to_run)
-        self._waiting = False  # whether one of them waits for a moment
         self._collected_at = 0.0
         self._signals: list[int] = []
         self._stop_at: float | None = None
@@ -1082,7 +1080,7 @@ class ResourcePoolBase:
                 self._look_around()
             idle = looked and not self._runs
             if idle:
-                self._scripts.expire()
+                self._scripts = Listing(self.queue.to_run)  # a script that came just now is not to be overlooked
             # No resource waits for us: the next scripts start before those that have ended are filed.
             left = self._start(hurry=self._release())
             self._collect()
@@ -1120,7 +1118,7 @@ class ResourcePoolBase:
         while self._start_at <= time.monotonic() < self._look_at and not self._signals:
             name = self._next_script(hurry)
             if name is None:
-                return self._waiting
+                return self._scripts.waiting
             try:
                 if not self._start_one(name):
                     return True
@@ -1134,8 +1132,8 @@ class ResourcePoolBase:
 
     def _next_script(self, hurry: bool) -> str | None:
         """Return the name of the first script in to_run that can start, None where there is none."""
-        if not (hurry and self._scripts.names) and self._scripts.update():
-            self._waiting = False
+        if not (hurry and self._scripts.names):
+            self._scripts.update()
         while self._scripts.names:
             name = self._scripts.names[-1]
             reason = condition(f'{self.queue.to_run}/{name}') or self._why_unfit(name)
@@ -1147,7 +1145,7 @@ class ResourcePoolBase:
             self._scripts.names.pop()
             self._scripts.again |= reason != 'ignored'
             if not reason or reason == 'just written':
-                self._waiting = True
+                self._scripts.waiting = True
             elif reason != 'ignored':
                 path = shown(near(self.queue.to_run / name))
                 self._say(name, f'{path} waits for its chmod +x' if reason == 'not executable' else
@@ -1192,8 +1190,8 @@ class ResourcePoolBase:
         """Take up the runs in running/ that are not ours, and file those that have ended."""
         self._look_at = time.monotonic() + LOOK_AROUND
         self._elsewhere.clear()
-        for name in sorted(os.listdir(self.queue.running)):
-            if name not in self._runs and name[0] != '.':
+        for name in names_in(self.queue.running):
+            if name not in self._runs:
                 self._runs[name] = Run(self.queue, name)
         self._release()
         self._collect(others=True)
@@ -1354,7 +1352,7 @@ class ResourcePoolBase:
 
     def _sum_up(self, seconds: float) -> int:
         """Log what was done and what was left; return the exit status."""
-        left = {name: reason for name, reason in conditions(self.queue.to_run) if reason != 'ignored'}
+        left = scripts_in(self.queue.to_run)
         if not self._signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or self._why_unfit(name) or "new"})')
@@ -1844,9 +1842,8 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
     """
     queue = pool.queue
-    waiting = [(name, reason) for name, reason in conditions(queue.to_run) if reason != 'ignored']
-    names = {folder.name: sorted(name for name in os.listdir(folder) if name[0] != '.')
-             for folder in (queue.running, queue.complete, queue.fail)}
+    waiting = scripts_in(queue.to_run)
+    names = {folder.name: names_in(folder) for folder in (queue.running, queue.complete, queue.fail)}
     alive = is_held(queue.alive)
     runs = [look_at_run(queue, name) for name in names['running']]
     rows = [{'kind': pool.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None, **pool.look(ident)}
@@ -1870,7 +1867,7 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
         'path': str(queue.path), 'host': queue.host, 'poller': alive, 'resources': rows,
         'elsewhere': [run for run in runs if run['host'] != queue.host],
         'counts': {'to_run': len(waiting), **{folder: len(scripts) for folder, scripts in names.items()}},
-        'next': [name for name, reason in waiting if reason in ('', 'just written')][:3],
+        'next': [name for name, reason in waiting.items() if reason in ('', 'just written')][:3],
         'failed': [{'script': name, 'stderr': path, 'last_line': last_line(path)}
                    for name in last for path in [queue.out_file(name, 'stderr')]],
         'seconds_left': left}
