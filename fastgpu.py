@@ -375,19 +375,18 @@ def open_lock(path: StrPath) -> int:
 
 
 def take_lock(path: StrPath, how: int = fcntl.LOCK_EX) -> int | None:
-    """Return a descriptor that holds the lock file `path`, or None where somebody else holds it. Raises OSError."""
-    while True:
-        fd = open_lock(path)
-        try:
-            if lock_fd(fd, path, how):
-                return fd
-            gone = not os.path.lexists(path)
-        except OSError:
+    """Return a descriptor that holds the lock file `path`, or None where somebody else holds it. Raises OSError.
+
+    None too for one that somebody removed just then: whoever needs it asks again.
+    """
+    fd = open_lock(path)
+    got = False
+    try:
+        got = lock_fd(fd, path, how)
+    finally:
+        if not got:
             os.close(fd)
-            raise
-        os.close(fd)
-        if not gone:
-            return None
+    return fd if got else None
 
 
 def give_back(fds: Iterable[int]) -> None:
