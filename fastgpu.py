@@ -667,10 +667,8 @@ class Run:
         """Return whether it is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
         try:
             os.lstat(self.path)
-        except FileNotFoundError:
-            return os.path.isdir(self.queue.running)
-        except OSError:
-            pass
+        except OSError as error:
+            return isinstance(error, FileNotFoundError) and os.path.isdir(self.queue.running)
         return False
 
     # Its processes.
