@@ -819,8 +819,7 @@ class ResourcePoolBase:
         self._runs: dict[str, Run] = {}
         self._elsewhere: dict[str, str] = {}  # what there is to say of those on other hosts
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
-        # Scripts in to_run that can never start, and why, as long as the file is the same.
-        self._unfit: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._unfit: dict[Hashable, str] = {}  # why a script in to_run, as long as it is the same file, can never start
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
         self._said: dict[Hashable, str] = {}
         self._poller = select.poll()
@@ -1121,7 +1120,7 @@ class ResourcePoolBase:
                     return True
                 self._scripts.names.pop()
             except FastgpuError as error:
-                self._unfit[name] = str(error), file_mark(self.queue.to_run / name)
+                self._unfit[name, file_mark(self.queue.to_run / name)] = str(error)
             except OSError as error:
                 self._say('/start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
                 self._start_at = time.monotonic() + LOOK_AROUND
@@ -1180,8 +1179,7 @@ class ResourcePoolBase:
 
     def _why_unfit(self, name: str) -> str:
         """Return why the script `name` of to_run can never start, '' where nothing is known or the file is another."""
-        reason, mark = self._unfit.get(name, ('', ()))
-        return reason if reason and mark == file_mark(self.queue.to_run / name) else ''
+        return self._unfit.get((name, file_mark(self.queue.to_run / name)), '')
 
     def _look_around(self) -> None:
         """Take up the runs in running/ that are not ours, and file those that have ended."""
