@@ -868,19 +868,16 @@ class ResourcePoolBase:
         """
         return ident not in self._locks and self._try(ident, keep=True)
 
-    def unlock(self, ident: Any) -> None:
-        """Give the lock of `ident` back, also if a daemon that the script left behind still holds a copy of it."""
-        give_back(self._locks.pop(ident, []))
-
-    def _unlock_all(self, ids: Iterable[Any]) -> None:
-        """Give these locks back, with which nothing was started."""
+    def unlock(self, *ids: Any) -> None:
+        """Give the locks of `ids` back, also if a daemon that a script left behind still holds copies of them."""
         for ident in ids:
-            self.unlock(ident)
+            give_back(self._locks.pop(ident, []))
 
-    def _drop(self, ids: Iterable[Any]) -> None:
+    def _drop(self, *ids: Any) -> None:
         """Close our descriptors of these locks: whoever inherited them, if anybody did, still holds them."""
-        for fd in (fd for ident in ids for fd in self._locks.pop(ident, [])):
-            os.close(fd)
+        for ident in ids:
+            for fd in self._locks.pop(ident, []):
+                os.close(fd)
 
     def find_next(self) -> Any:
         """Return the first resource that is available and locked by nobody, or None."""
@@ -908,12 +905,11 @@ class ResourcePoolBase:
                     left.remove(ident)
                 if len(ids) == number:
                     return ids
-        except BaseException:
-            self._unlock_all(ids)
-            raise
-        self._unlock_all(ids)
-        for ident in ids:  # for a time of our own, so that those who met do not meet again
-            self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
+        finally:
+            if len(ids) < number:
+                self.unlock(*ids)
+                for ident in ids:  # for a time of our own, so that those who met do not meet again
+                    self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
         return []
 
     def _worth_asking(self) -> list[Any]:
@@ -996,7 +992,7 @@ class ResourcePoolBase:
                 self._launch(run, [*self.wrapper, run.path])
         finally:
             if not (run and run.process):
-                self._drop(ids)
+                self._drop(*ids)
         return run is not None
 
     def _launch(self, run: Run, command: Sequence[str]) -> None:
@@ -1163,7 +1159,7 @@ class ResourcePoolBase:
             return True
         ids = self._lock_some(number)
         if self._signals:  # a driver can take seconds for its answers
-            self._unlock_all(ids)
+            self.unlock(*ids)
             return False
         for ident in self.all_ids():
             reason = '' if ident in self._locks else self._reasons.get(ident, '')
@@ -1206,8 +1202,8 @@ class ResourcePoolBase:
                 self._poller.unregister(run.pidfd)
                 os.close(run.pidfd)
             if code < 0:
-                self._drop(run.ids)  # its script may have survived its shim: when the lock ends is for the kernel
-            self._unlock_all(run.ids)
+                self._drop(*run.ids)  # its script may have survived its shim: when the lock ends is for the kernel
+            self.unlock(*run.ids)
             run.ids = ()  # from here on they may be another run's
             self._ask_at.clear()  # perhaps that is all that the next script needs
             released = True
