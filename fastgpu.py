@@ -972,12 +972,12 @@ class ResourcePoolBase:
 
     # The life of a script, in order: claim, launch, settle.
 
-    def run(self, script: StrPath, *ids: Any) -> bool:
+    def run(self, script: StrPath, *ids: Any, refusal: str = '') -> bool:
         """Move `script` from to_run to running and start it on `ids` (mostly one), which are locked if they were not.
 
         Returns at once: whether it started, or was no longer there. `poll_scripts` files it when it has ended.
         Raises FastgpuError where the script can never run, OSError where the machine cannot start it now; it is in
-        to_run then.
+        to_run then. With a `refusal` a shell that prints that and fails runs in its place.
         """
         taken = [ident for ident in ids for run in self._runs.values() if ident in run.ids]
         if taken:
@@ -987,25 +987,24 @@ class ResourcePoolBase:
             for ident in ids:
                 if ident not in self._locks and not self.lock(ident):
                     raise FastgpuError(f'{self.kind} {ident} {self._reasons.get(ident, "busy")}')
+            environment = {'PYTHONUNBUFFERED': '1', **os.environ, **self.environment(*ids)}
             run = self.queue.claim(os.path.basename(script), self.kind, ids)
-            if run:
-                self._launch(run, [*self.wrapper, run.path])
+            if not run:
+                return False
+            refuse = ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', refusal]
+            run.launch(refuse if refusal else [*self.wrapper, run.path],
+                       [fd for ident in ids for fd in self._locks[ident]], environment)
         finally:
             if not (run and run.process):
                 self._drop(*ids)
-        return run is not None
-
-    def _launch(self, run: Run, command: Sequence[str]) -> None:
-        """Start a claimed run, and take it up."""
-        locks = [fd for ident in run.ids for fd in self._locks[ident]]
-        run.launch(command, locks, {'PYTHONUNBUFFERED': '1', **os.environ, **self.environment(*run.ids)})
         self._runs[run.name] = run
-        for ident in run.ids:
+        for ident in ids:
             write_note(self._locks[ident][0],
                        f'runs {run.name} of user {os.getuid()} (pid {run.record["pid"]}, {self.path})')
         with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
             run.pidfd = os.pidfd_open(run.record['pid'])
             self._poller.register(run.pidfd, select.POLLIN)
+        return True
 
     def _settle(self, run: Run) -> bool:
         """File a run that has ended; return whether that is done. Where it is not, it is to be called again."""
@@ -1152,10 +1151,8 @@ class ResourcePoolBase:
         most = len(set(map(self.distinct, self.all_ids())))
         if number > most:
             reason = f'{shown(name)} asks for {number} {self.kind}s, and there {"are" if most != 1 else "is"} {most}'
-            run = self.queue.claim(name, self.kind, ())
-            if run:
-                log(reason)
-                self._launch(run, ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', reason])
+            self._say(name, reason)
+            self.run(name, refusal=reason)
             return True
         ids = self._lock_some(number)
         if self._signals:  # a driver can take seconds for its answers
