@@ -1066,14 +1066,16 @@ class ResourcePoolBase:
     def _poll(self, poll_interval: float, exit_when_empty: bool) -> None:
         """Do what `poll_scripts` says."""
         while True:
+            released = self._release()
             looked = time.monotonic() >= self._look_at
             if looked:
-                self._look_around()
+                self._collect(others=True)
+                self._look_at = time.monotonic() + LOOK_AROUND
             idle = looked and not self._runs
             if idle:
                 self._scripts = Listing(self.queue.to_run)  # a script that came just now is not to be overlooked
             # No resource waits for us: the next scripts start before those that have ended are filed.
-            left = self._start(hurry=self._release())
+            left = self._start(hurry=released and not looked)
             self._collect()
             if not left and not self._runs:
                 for name, text in self._elsewhere.items():
@@ -1082,9 +1084,9 @@ class ResourcePoolBase:
                 if self._stop():
                     return
             elif not left and exit_when_empty:
-                if idle and not self._runs:
-                    return
                 if not self._runs:
+                    if idle:
+                        return
                     self._look_at = 0.0  # leave only after a look around, which may requeue something
                     continue
                 if looked and not any(run.process for run in self._runs.values()):
@@ -1174,17 +1176,6 @@ class ResourcePoolBase:
         """Return why the script `name` of to_run can never start, '' where nothing is known or the file is another."""
         return self._unfit.get((name, file_mark(self.queue.to_run / name)), '')
 
-    def _look_around(self) -> None:
-        """Take up the runs in running/ that are not ours, and file those that have ended."""
-        self._look_at = time.monotonic() + LOOK_AROUND
-        self._elsewhere.clear()
-        for name in names_in(self.queue.running):
-            if name not in self._runs:
-                self._runs[name] = Run(self.queue, name)
-        self._release()
-        self._collect(others=True)
-        self._look_at = max(self._look_at, time.monotonic() + LOOK_AROUND / 2)  # if that took its time
-
     def _release(self) -> bool:
         """Give back what those scripts of ours held that have ended; return whether that was anything."""
         released = False
@@ -1209,6 +1200,10 @@ class ResourcePoolBase:
     def _collect(self, others: bool = False) -> None:
         """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
         self._collected_at = time.monotonic()
+        if others:
+            self._elsewhere.clear()
+            for name in names_in(self.queue.running):
+                self._runs.setdefault(name, Run(self.queue, name))
         for run in list(self._runs.values()):
             if run.is_new:
                 run.is_new = False
@@ -1238,15 +1233,14 @@ class ResourcePoolBase:
         if code is None:
             return False
         if code < 0:
-            # Killed before it could write: go on as with a run that we found. A script that kills its own group each
-            # time would go round for ever: the second time counts as its end.
+            # Killed before it could write: it is a run that we found. A script that kills its own group each time
+            # would go round for ever: the second time counts as its end.
             run.close_record()
             script = run.record['script']
             self._cuts[script] = self._cuts.get(script, 0) + (run.kill_at is None)
             run.status = 128 - code if self._cuts[script] > 1 else None
             run.process = None
-            self._look_at = 0.0
-            return False
+            return self._collect_other(run)
         # Its stderr has what the shell said; a script that could end so itself would have an exit code.
         if code == NOT_STARTED and not os.path.lexists(run.out('exitcode')) and not os.stat(run.out('stdout')).st_size:
             self._say('/start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
