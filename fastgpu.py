@@ -48,7 +48,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -516,18 +516,28 @@ class Queue:
     def __init__(self, path: StrPath, only_look: bool = False) -> None:
         self.path = Path(os.path.abspath(path))
         self.host = os.uname().nodename
-        folders = queue_folders(self.path)
+        self.folders = queue_folders(self.path)
+        self.to_run, self.running, self.complete, self.fail, self.out = self.folders
         if not only_look:
             setup_dirs(self.path)
-            check_dirs(self.path, folders)
-        elif not os.path.isdir(folders[0]):
+            check_dirs(self.path, self.folders)
+        elif not os.path.isdir(self.to_run):
             raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
-        self.to_run, self.running, self.complete, self.fail, self.out = folders
         self.alive = self.path / f'.{self.host}.poller'  # a lock that every poller of this host shares
 
     def out_file(self, name: str, kind: str) -> str:
         """Return the file of that `kind` in out/ of the run `name`."""
         return f'{self.out}/{name}.{kind}'
+
+    def announce(self) -> int | None:
+        """Let `status` know that a poller is alive, until the descriptor is closed that this returns, if it can."""
+        with contextlib.suppress(OSError):
+            for _ in range(10):  # `status` takes the lock for a moment, to see
+                fd = take_lock(self.alive, fcntl.LOCK_SH)
+                if fd is not None:
+                    return fd
+                time.sleep(0.01)
+        return None
 
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
         """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone.
@@ -1042,26 +1052,14 @@ class ResourcePoolBase:
         """
         self._began = time.time()
         self.queue.remove_strays()
-        with self._announced():
-            self._poll(poll_interval, exit_when_empty)
-        return self._sum_up(time.time() - self._began)
-
-    @contextlib.contextmanager
-    def _announced(self) -> Iterator[None]:
-        """Let `status` know that a poller is alive, by a lock that pollers share; clear the terminal afterwards."""
-        fd = None
-        with contextlib.suppress(OSError):
-            fd = open_lock(self.queue.alive)
-            for _ in range(10):  # --status takes it for a moment, to see
-                if lock_fd(fd, self.queue.alive, fcntl.LOCK_SH):
-                    break
-                time.sleep(0.01)
+        alive = self.queue.announce()
         try:
-            yield
+            self._poll(poll_interval, exit_when_empty)
         finally:
             log.bottom('')
-            if fd is not None:
-                os.close(fd)
+            if alive is not None:
+                os.close(alive)
+        return self._sum_up(time.time() - self._began)
 
     def _poll(self, poll_interval: float, exit_when_empty: bool) -> None:
         """Do what `poll_scripts` says."""
@@ -1931,24 +1929,23 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
     is the current one now. Raises FastgpuError for a line that cannot be a script, before anything is put there, and
     where only some could be; OSError where there is no queue.
     """
-    folders = setup_dirs(path)
-    check_dirs(Path(path), folders)
+    queue = Queue(path)
     lines = [line.strip() for line in commands]
     lines = [line for line in lines if line and not line.startswith(b'#')]
     for line in lines:
         if b'\0' in line:
             raise FastgpuError(f'no script can hold a NUL byte: {shown(os.fsdecode(line))[:60]}')
     names: list[str] = []
-    lock = os.open(folders[0], os.O_RDONLY)
-    draft = folders[0] / f'.job-{os.uname().nodename}-{os.getpid()}'
+    lock = os.open(queue.to_run, os.O_RDONLY)
+    draft = queue.to_run / f'.job-{queue.host}-{os.getpid()}'
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time, so that the lines of one stay together
-        taken = [int(match[1]) for folder in folders for name in os.listdir(folder)
+        taken = [int(match[1]) for folder in queue.folders for name in os.listdir(folder)
                  if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
         for number, line in enumerate(lines, max(taken, default=0) + 1):
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
                 file.write(os.fsencode(f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n') + line + b'\n')
-            names.append(safe_rename(draft, folders[0], f'job-{number:06}.sh').name)
+            names.append(safe_rename(draft, queue.to_run, f'job-{number:06}.sh').name)
     except OSError as error:
         done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
         raise FastgpuError(f'of {count(len(lines), "command")} {done} could be added: {explain(error)}') from None
