@@ -464,13 +464,16 @@ def runs_shim(pid: object, exitcode: StrPath) -> bool:
 
 
 def session_groups(leader: int) -> set[int]:
-    """Return the process groups in the session of `leader` (proc(5), stat): timeout(1) and `set -m` make their own."""
-    groups = {leader}
+    """Return the process groups that are alive in the session of `leader`: timeout(1) and `set -m` make their own.
+
+    A zombie is not alive (proc(5), stat).
+    """
+    groups = set()
     for pid in filter(str.isdecimal, os.listdir('/proc')):
         with contextlib.suppress(OSError, ValueError):
             with open(f'/proc/{pid}/stat', 'rb') as file:
-                _, _, group, session = file.read().rpartition(b')')[2].split()[:4]
-            if int(session) == leader:
+                state, _, group, session = file.read().rpartition(b')')[2].split()[:4]
+            if int(session) == leader and state != b'Z':
                 groups.add(int(group))
     return groups
 
@@ -729,12 +732,17 @@ class Run:
         pid = self.record.get('pid')
         return pid if isinstance(pid, int) and runs_shim(pid, self.out('exitcode')) else None
 
-    def signal(self, signum: int) -> None:
-        """Send a signal to its session, if its shim is alive, so that the session is still its own."""
+    def signal(self, signum: int) -> bool:
+        """Send a signal to its session, if its shim can be waited for, so that the session is still its own.
+
+        Returns whether anything was alive there.
+        """
         pid = self.shim()
-        for group in session_groups(pid) if pid else ():
+        groups = session_groups(pid) if pid else set()
+        for group in groups:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # a group that is all sudo(8)'s
                 os.killpg(group, signum)
+        return bool(groups)
 
     def terminate(self, why: str) -> None:
         """Send it TERM, and KILL after the grace period (see `kill`); its record says `why`."""
@@ -753,7 +761,9 @@ class Run:
             with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
                 ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended or time.monotonic() >= self.kill_at:
-            self.signal(signal.SIGKILL)
+            deadline = time.monotonic() + 0.5  # what it held is not for the next script before all of it is gone
+            while self.signal(signal.SIGKILL) and time.monotonic() < deadline:
+                time.sleep(0.001)
 
     # Its end.
 

@@ -1516,6 +1516,19 @@ def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
     until(lambda: 'requeue a.sh (status 1' in poller.log())
 
 
+def test_a_slot_is_free_only_when_all_that_a_cancelled_script_started_is_gone(queue):
+    # So much memory takes a while to be given back, and only then is the file closed.
+    child = ('import signal; signal.signal(15, signal.SIG_IGN)\n'
+             'memory = b"x" * (400 << 20); print("ready", flush=True); signal.pause()')
+    queue.add('a.sh', f"trap 'exit 9' TERM; exec 9>{queue.path}/held; flock 9; {sys.executable} -c '{child}' & wait")
+    queue.add('b.sh', f'exec 9>{queue.path}/held; flock -n 9')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    (queue.path / 'running' / 'a.sh').unlink()
+    assert poller.wait(30) == 0
+    assert queue.all() == {'b.sh': 'complete'}
+
+
 def test_grandchildren_die_with_a_script_that_is_stopped(queue):
     queue.add('a.sh', '(trap "" TERM; sh -c "echo \\$PPID"; while :; do sleep 0.01; done) & wait')
     poller = queue.start('--workers', '1')
