@@ -2912,25 +2912,24 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         self.tokens += 1
         token = f't{self.tokens:05}'
         name = f's{self.random.randrange(30)}.sh'
-        if os.path.lexists(self.queue.path / 'to_run' / name):
-            name = f'{token}.sh'
         self.statuses[token] = self.random.choice([0, 0, 1, 77])
         body = self.BODY.format(path=self.queue.path, token=token, status=self.statuses[token],
                                 seconds=round(self.random.random() / 5, 3))
         draft = self.queue.path / token
         draft.write_text(f'#!/bin/sh\n{body}\n')
         draft.chmod(0o755)
-        os.rename(draft, self.queue.path / 'to_run' / name)
+        try:
+            fastgpu.rename_new(draft, self.queue.path / 'to_run' / name)
+        except FileExistsError:
+            os.rename(draft, self.queue.path / 'to_run' / f'{token}.sh')
 
     def move_by_hand(self):
         source = self.random.choice(['running', 'to_run', 'fail', 'complete'])
         for name in self.queue.names(source)[:1]:
             file = self.queue.path / source / name
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
                 self.touched.add(re.search('t[0-9]{5}', file.read_text())[0])
-                target = self.queue.path / self.random.choice(['to_run', 'trash']) / name
-                if not target.exists():
-                    os.rename(file, target)
+                fastgpu.rename_new(file, self.queue.path / self.random.choice(['to_run', 'trash']) / name)
 
     def cut_off(self):
         for name in self.queue.names('running')[:1]:
