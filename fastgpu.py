@@ -1029,12 +1029,23 @@ class ResourcePoolBase:
     def _settle(self, run: Run) -> bool:
         """File a run that has ended; return whether that is done. Where it is not, it is to be called again."""
         try:
+            code, finished = run.exit_code()
+            code = run.status if code is None else code
+            # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier
+            # than to us: what it ended goes back to to_run.
+            if code and not run.record.keys() & {'cancelled', 'finished'}:
+                age = time.time() - finished
+                if self._stopping() and age < 1:
+                    run.record['stopped'] = True
+                elif code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5:
+                    return False  # too early to tell
             folder, text = run.settle()
         except OSError as error:
             self._say(run.name, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
             with contextlib.suppress(OSError):
                 setup_dirs(self.path)  # one of them may be gone
             return False
+        run.close_record()
         if text:
             log(f'{self._where(run.record.get("ids", "?"))}: {text}', alarm=folder == 'fail')
         ended = {'complete': self.completed, 'fail': self.failed, 'cancelled': self.cancelled}.get(folder)
@@ -1257,22 +1268,7 @@ class ResourcePoolBase:
             return True
         run.status = code
         self._cuts.pop(run.record['script'], None)
-        if self._is_stopped_too(run, code, run.exit_code()[1]) or not self._settle(run):
-            return False
-        run.close_record()
-        return True
-
-    def _is_stopped_too(self, run: Run, code: int | None, finished: float) -> bool:
-        """Mark a run as stopped that got TERM when we did; return whether it is too early to tell.
-
-        Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier.
-        """
-        if not code or run.record.keys() & {'cancelled', 'finished'}:
-            return False
-        age = time.time() - finished
-        if self._stopping() and age < 1:
-            run.record['stopped'] = True
-        return code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5
+        return self._settle(run)
 
     def _collect_other(self, run: Run) -> bool:
         """Settle a run that we found, if it has ended; return whether there is nothing more to do for us."""
@@ -1295,12 +1291,10 @@ class ResourcePoolBase:
             code, finished = run.exit_code()
             overdue = code is not None and time.time() - finished > OVERDUE
             # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
-            if overdue or (lock_fd(run.fd, run.out('json')) and (code is not None or not run.shim())):
-                if self._is_stopped_too(run, code, finished):
-                    return False
-                gone = not os.path.lexists(run.path) and not run.record.get('cancelled')
-                return gone or self._settle(run)
-            return False
+            if not overdue and not (lock_fd(run.fd, run.out('json')) and (code is not None or not run.shim())):
+                return False
+            filed = not os.path.lexists(run.path) and not run.record.get('cancelled')  # by another poller
+            return filed or self._settle(run)
         finally:
             run.close_record()
 
