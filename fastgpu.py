@@ -1606,7 +1606,7 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
     all its instances. Sets the `ident` of the GPUs it returns: the UUID where a number could mislead CUDA. Raises
     FastgpuError where nothing is visible, and for what is ambiguous or named twice.
     """
-    chosen: list[Gpu] = []
+    chosen = gpus if listed is None else []
     entries = [] if listed is None else [entry.strip() for entry in listed.split(',')]
     what = f'CUDA_VISIBLE_DEVICES={shown(listed)}'
     for number, entry in enumerate(entries):
@@ -1626,9 +1626,7 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
                 log(f'{what}: there is no GPU "{shown(entry)}"; it and all behind it are left out, as CUDA does')
             break
         chosen += matches
-    if listed is None:
-        chosen = gpus
-    elif not chosen:
+    if not chosen:
         raise FastgpuError(f'{what} hides all GPUs' + f' (there is no GPU "{shown(entries[0])}")' * bool(entries[0])
                            + '; unset it, or use --workers N to run without GPUs')
     by_uuid = any(gpu.parent or gpu.error for gpu in gpus) or any(entry[:4] in ('GPU-', 'MIG-') for entry in entries)
@@ -1695,11 +1693,11 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
-        self._gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
+        gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
-        self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in self._gpus}
+        self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
         self._shared: set[Any] = set()  # places on GPUs that others use at this moment
 
     def all_ids(self) -> list[Any]:

@@ -3201,7 +3201,7 @@ def test_bench_on_a_real_gpu(tmp_path, capsys):
         queue.add(f'{number}.py', head=CUDA_JOB.format(python=sys.executable, gate=str(queue.path / 'gate')))
     pool = ResourcePoolGPU(queue.path)
     ident = pool.all_ids()[0]
-    pool._gpus, pool._places = pool._gpus[:1], {ident: pool._places[ident]}
+    pool._places = {ident: pool._places[ident]}
     assert pool.poll_scripts() == 0
     records = sorted((queue.record(f'{number}.py') for number in range(10)), key=lambda record: record['started'])
     gaps = [(later['started'] - record['finished']) * 1000 for record, later in zip(records, records[1:])]
