@@ -135,11 +135,6 @@ def remark(reason: str, path: StrPath) -> str:
     return shown(f'{reason or "said nothing"} ({near(path)})')
 
 
-def mv_command(source: StrPath, dest: StrPath) -> str:
-    """Return the shell command that moves `source` into the folder `dest`."""
-    return shown(f'mv {shlex.quote(str(source))} {shlex.quote(str(dest))}/')
-
-
 def duration(seconds: float) -> str:
     """Return `seconds` as people read it: `8.1 s`, or `1:02:03` from a minute on."""
     if seconds < 60:
@@ -482,10 +477,9 @@ def describe(code: int | None) -> str:
     """Return what the exit status `code` of a shell says, in a few words."""
     if code is None:
         return 'cut off'
-    try:
-        return f'status {code}, {signal.Signals(code - 128).name}' if code > 128 else f'status {code}'
-    except ValueError:
-        return f'status {code}'
+    with contextlib.suppress(ValueError):
+        return f'status {code}, {signal.Signals(code - 128).name}'
+    return f'status {code}'
 
 
 def last_line(path: StrPath) -> str:
@@ -570,15 +564,15 @@ class Queue:
                 run.save()
                 os.rename(f'{self.to_run}/{script}', run.path)
             except BaseException as error:
+                gone = isinstance(error, FileNotFoundError)
                 # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
-                if isinstance(error, FileNotFoundError) and os.path.lexists(run.path):
-                    return run
-                run.unclaim()
-                if isinstance(error, FileNotFoundError) and not os.path.lexists(f'{self.to_run}/{script}'):
-                    return None
-                if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
-                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
-                raise
+                if not (gone and os.path.lexists(run.path)):
+                    run.unclaim()
+                    if gone and not os.path.lexists(f'{self.to_run}/{script}'):
+                        return None
+                    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
+                        raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
+                    raise
             return run
         raise AssertionError('unreachable')
 
@@ -1272,7 +1266,7 @@ class ResourcePoolBase:
 
     def _collect_other(self, run: Run) -> bool:
         """Settle a run that we found, if it has ended; return whether there is nothing more to do for us."""
-        requeue = mv_command(run.path, self.queue.to_run)
+        requeue = shown(f'mv {shlex.quote(run.path)} {shlex.quote(str(self.queue.to_run))}/')
         run.kill()
         try:
             run.open_record()
