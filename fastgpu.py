@@ -1024,10 +1024,9 @@ class ResourcePoolBase:
         """File a run that has ended; return whether that is done. Where it is not, it is to be called again."""
         try:
             code, finished = run.exit_code()
-            code = run.status if code is None else code
             # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier
             # than to us: what it ended goes back to to_run.
-            if code and not run.record.keys() & {'cancelled', 'finished'}:
+            if (code or run.status) and not run.record.keys() & {'cancelled', 'finished'}:
                 age = time.time() - finished
                 if self._stopping() and age < 1:
                     run.record['stopped'] = True
