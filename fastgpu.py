@@ -831,7 +831,7 @@ class ResourcePoolBase:
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
         self._runs: dict[str, Run] = {}
-        self._elsewhere: dict[str, str] = {}  # what there is to say of those on other hosts
+        self._elsewhere: dict[str, str] = {}  # what there is to say of those on other hosts, by their paths
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         self._unfit: dict[Hashable, str] = {}  # why a script in to_run, as long as it is the same file, can never start
         self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
@@ -1034,7 +1034,7 @@ class ResourcePoolBase:
                     return False  # too early to tell
             folder, text = run.settle()
         except OSError as error:
-            self._say(run.name, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
+            self._say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
             with contextlib.suppress(OSError):
                 setup_dirs(self.path)  # one of them may be gone
             return False
@@ -1090,8 +1090,8 @@ class ResourcePoolBase:
             left = self._start(hurry=released and not looked)
             self._collect()
             if not left and not self._runs:
-                for name, text in self._elsewhere.items():
-                    self._say(name, text)
+                for path, text in self._elsewhere.items():
+                    self._say(path, text)
             if self._signals:
                 if self._stop():
                     return
@@ -1103,7 +1103,7 @@ class ResourcePoolBase:
                     continue
                 if looked and not any(run.process for run in self._runs.values()):
                     for name in self._runs:
-                        self._say(name, f'waiting for {shown(name)}, which runs without this poller')
+                        self._say(f'/wait/{name}', f'waiting for {shown(name)}, which runs without this poller')
             log.bottom(self._progress())
             self._poller.poll(poll_interval * 1000)
 
@@ -1225,7 +1225,7 @@ class ResourcePoolBase:
             try:
                 done = self._collect_ours(run, run.process) if run.process else self._collect_other(run)
             except OSError as error:
-                self._say(run.name, f'cannot tell how {shown(run.name)} is: {explain(error)}')
+                self._say(run.path, f'cannot tell how {shown(run.name)} is: {explain(error)}')
                 done = not run.process
             if done:
                 del self._runs[run.name]
@@ -1271,14 +1271,14 @@ class ResourcePoolBase:
             run.open_record()
         except FileNotFoundError:
             if os.path.lexists(run.path):
-                self._say(run.name, f'{shown(run.path)} has no record in out; if nothing runs it: {requeue}')
+                self._say(run.path, f'{shown(run.path)} has no record in out; if nothing runs it: {requeue}')
             return True
         try:
             host = run.host()
             if host != self.host:
                 if host:
                     self._many_hosts = True
-                    self._elsewhere[run.name] = (
+                    self._elsewhere[run.path] = (
                         f'{shown(run.name)} runs on {shown(host)}; if that host is gone: {requeue}')
                 return True
             code, finished = run.exit_code()
@@ -1320,7 +1320,7 @@ class ResourcePoolBase:
     def _say(self, about: Hashable, text: str) -> None:
         """Log `text` unless it is what was last said about this, but for amounts of memory, which always change.
 
-        `about` is a resource, a script by its name, or a word with a slash, which no script can be called.
+        `about` is a resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
         """
         gist = re.sub(r'[0-9.]+ [MG]iB', '', text)
         if self._said.get(about) != gist:
