@@ -232,7 +232,7 @@ def scripts_in(folder: StrPath) -> dict[str, str]:
 
 
 def file_mark(path: StrPath) -> tuple[int, ...]:
-    """Return what is another for another file, or for the same one after a change; () where there is none."""
+    """Return what tells a file from another one and from itself before a change; () where there is none."""
     try:
         status = os.stat(path)
         return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
@@ -259,8 +259,8 @@ class Listing:
     def __init__(self, folder: StrPath) -> None:
         self.folder = folder
         self.names: list[str] = []  # what is left of the list, backwards
-        self.again = False  # set it where a name was taken that should come again
-        self.waiting = False  # and this where it is to come in a moment
+        self.again = False  # to be set when a name is taken that should be in the next list: forces one
+        self.waiting = False  # to be set when such a name only waits for a moment: the poller does not end then
         self._changed = 0
         self._due = self._expires = 0.0
 
@@ -608,7 +608,7 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
         self.is_new = False  # whether we started it, and did not log that yet
         self.pidfd: int | None = None
-        self.status: int | None = None  # how it ended, for where the shim could not write that
+        self.status: int | None = None  # how it ended as its shim told us, where that could not write it
         self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
         self.finished = 0.0  # when it ended, once it is settled
 
@@ -762,7 +762,7 @@ class Run:
     # Its end.
 
     def seconds(self, since: float = 0) -> float:
-        """Return how long it ran, when it is settled; only counted from the time `since` on."""
+        """Return how long it ran, counted from the time `since` at the earliest. To be asked when it is settled."""
         started: float = self.record.get('started', self.finished)
         return max(0.0, self.finished - max(since, started))
 
@@ -829,13 +829,13 @@ class ResourcePoolBase:
         self.busy_seconds = 0.0  # of all resources together, since we poll
         self._seconds = 0.0  # that these runs took
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
-        self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a resource is available
+        self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a `distinct` resource is available
         self._runs: dict[str, Run] = {}
         self._elsewhere: dict[str, str] = {}  # what there is to say of those on other hosts, by their paths
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         self._unfit: dict[Hashable, str] = {}  # why a script in to_run, as long as it is the same file, can never start
-        self._reasons: dict[Hashable, str] = {}  # why a resource could not be locked
-        self._said: dict[Hashable, str] = {}
+        self._reasons: dict[Hashable, str] = {}  # why a resource is not free
+        self._said: dict[Hashable, str] = {}  # what was last logged about what, see `_say`
         self._poller = select.poll()
         self._many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
         self._began = time.time()
@@ -878,7 +878,7 @@ class ResourcePoolBase:
     def lock(self, ident: Any) -> bool:
         """Take the lock of `ident`; return whether we got it. It is ours until `unlock`, or until we end.
 
-        Where we did not, nobody is told why but by the log of `poll_scripts`.
+        It does not say why we did not; only the log of `poll_scripts` does.
         """
         return ident not in self._locks and self._try(ident, keep=True)
 
@@ -1086,7 +1086,7 @@ class ResourcePoolBase:
             idle = looked and not self._runs
             if idle:
                 self._scripts = Listing(self.queue.to_run)  # a script that came just now is not to be overlooked
-            # No resource waits for us: the next scripts start before those that have ended are filed.
+            # The next scripts start before those that have ended are filed, so that no resource waits for that.
             left = self._start(hurry=released and not looked)
             self._collect()
             if not left and not self._runs:
@@ -1110,15 +1110,15 @@ class ResourcePoolBase:
     def interrupt(self, signum: int) -> None:
         """Stop `poll_scripts`; made to be called by a signal handler.
 
-        SIGINT once: start nothing more, wait for what runs. A second time, or any other signal: TERM to the process
-        group of each script, KILL after 10 s; what does not end well goes back to to_run.
+        SIGINT once: start nothing more, wait for what runs. A second time, or any other signal: TERM to the session of
+        each script, KILL after 10 s; what does not end well goes back to to_run.
         """
         self._signals.append(signum)
 
     def _start(self, hurry: bool) -> bool:
         """Start what can be started; return whether something is left that waits for a resource or for a moment.
 
-        In a `hurry`, as a resource waits for us, to_run is listed only if nothing is left of the list.
+        In a `hurry`, because a resource just became free, to_run is listed only if nothing is left of the last list.
         """
         while self._start_at <= time.monotonic() < self._look_at and not self._signals:
             name = self._next_script(hurry)
@@ -1691,7 +1691,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         self.max_used, self.per_gpu = max_used, per_gpu
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
-        self._shared: set[Any] = set()  # places on GPUs that others use at this moment
+        self._shared: set[Any] = set()  # places whose GPU already had a script when we last tried them
 
     def all_ids(self) -> list[Any]:
         """Return the GPUs: their numbers, in NVML's order or in that of CUDA_VISIBLE_DEVICES, or UUIDs."""
