@@ -416,8 +416,8 @@ def read_note(path: StrPath) -> str:
 
 # --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
 
-# Outlives the poller, and signals to its group until the script is done; writes the status of the words after its
-# first to the file that is its first. A trap that is set, unlike a signal that is ignored, is not inherited by what it
+# The shell that runs a script. It outlives the poller, and signals to its group until the script is done; it writes the
+# status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is ignored, is not inherited by what it
 # runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is for an environment with
 # SHELLOPTS=errexit, the long names are for one that has short ones.
 NOT_STARTED = 254
@@ -604,7 +604,7 @@ class Run:
                  record: dict[str, Any] | None = None) -> None:
         self.queue, self.name, self.record = queue, name, record or {}
         self.path = f'{queue.running}/{name}'
-        self.ids, self.fd = ids, fd  # what we hold for it: its resources, and its record
+        self.ids, self.fd = ids, fd  # what we still hold for it: its resources, and its record
         self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
         self.is_new = False  # whether we started it, and did not log that yet
         self.pidfd: int | None = None
@@ -644,7 +644,7 @@ class Run:
                 write_all(file.fileno(), text)
 
     def host(self) -> str:
-        """Return the host of a run whose record is open, or '' while that may still be on its way here.
+        """Return the host of a run whose record is open, ours if that stays empty, '' while it may be on its way here.
 
         A record stays empty where its poller, or the power, died between two system calls. After a minute (file
         servers and caches take at most half of one) it is taken for such a one, and for ours.
@@ -773,7 +773,7 @@ class Run:
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = shown(self.name), self.record, self.queue
-        if self.status is None and 'pid' not in record and not self.was_started():
+        if self.status is None and 'pid' not in record and not self.was_started():  # its poller died before that
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
         code, self.finished = self.exit_code()
@@ -823,10 +823,10 @@ class ResourcePoolBase:
         self.queue = Queue(path, only_look)
         self.path, self.host = self.queue.path, self.queue.host
         self.wrapper: list[str] = []  # words to put in front of each script's path
-        self.completed: list[str] = []  # the runs that this pool filed, by name
+        self.completed: list[str] = []  # the runs that were filed since `poll_scripts` was called last, by name
         self.failed: list[str] = []
         self.cancelled: list[str] = []
-        self.busy_seconds = 0.0  # of all resources together, since we poll
+        self.busy_seconds = 0.0  # of all resources together, since then
         self._seconds = 0.0  # that these runs took
         self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
         self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a `distinct` resource is available
@@ -1064,7 +1064,9 @@ class ResourcePoolBase:
         Returns 0 if all ended well, 1 if a script failed or was left in to_run, 128+N if it was stopped by signal N.
         Raises OSError where the queue cannot be read.
         """
-        self._began = time.time()
+        self._began, self.busy_seconds, self._seconds = time.time(), 0.0, 0.0
+        for ended in (self.completed, self.failed, self.cancelled):
+            ended.clear()
         self.queue.remove_strays()
         alive = self.queue.announce()
         try:
@@ -1128,6 +1130,7 @@ class ResourcePoolBase:
                 if not self._start_one(name):
                     return True
                 self._scripts.names.pop()
+                self._said.pop(name, None)
             except FastgpuError as error:
                 self._unfit[name, file_mark(self.queue.to_run / name)] = str(error)
             except OSError as error:
@@ -1720,7 +1723,10 @@ class ResourcePoolGPU(ResourcePoolBase):
         return {'FASTGPU_ID': gpus, 'CUDA_VISIBLE_DEVICES': gpus, 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
 
     def is_available(self, ident: Any) -> bool:
-        """Return whether the GPU is free by what the driver says. Where it is not, the log tells why."""
+        """Return whether the GPU is free by what the driver says. Where it is not, the log tells why.
+
+        Between the questions it files what has ended, since a driver can take seconds for an answer.
+        """
         if not super().is_available(ident):
             return False
         gpu = self._places[ident][0]

@@ -363,6 +363,14 @@ def test_poll_scripts_runs_links_and_leaves_folders(tmp_path):
     assert (pool.completed, pool.failed) == (['script_succ.sh'], ['script_fail.sh'])
 
 
+def test_each_poll_counts_for_itself(wp, capsys):
+    queue = Queue(wp.path)
+    for code, counts in (1, '0 complete, 1 fail'), (0, '1 complete, 0 fail'):
+        queue.add(f'{code}.sh', f'exit {code}')
+        assert wp.poll_scripts() == code
+        assert counts in capsys.readouterr().err
+
+
 def test_importing_has_no_side_effects(tmp_path):
     code = ('import os, signal, sys, threading; before = dict(os.environ), signal.getsignal(signal.SIGINT); '
             'import fastgpu; assert before == (dict(os.environ), signal.getsignal(signal.SIGINT)); '
@@ -488,6 +496,39 @@ def test_chmod_submits(queue):
     script.chmod(0o755)
     until(lambda: queue.names('complete') == ['a.sh'])
     assert poller.poll() is None
+
+
+def test_what_is_said_of_a_script_and_of_a_run_of_its_name_is_said_once(queue, capsys):
+    queue.add('a.sh', mode=0o644)
+    queue.add('b.sh').rename(queue.path / 'running' / 'a.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    for _ in range(3):
+        assert pool.poll_scripts() == 1
+    log = capsys.readouterr().err
+    assert log.count('has no record in out') == log.count('waits for its chmod +x') == 1
+
+
+def test_a_name_that_came_before_is_named_anew(queue):
+    script = queue.add('a.sh', mode=0o644)
+    poller = queue.start('--exit', '0', '--workers', '1')
+    until(lambda: poller.log().count('to_run/a.sh waits for its chmod +x') == 1)
+    script.chmod(0o755)
+    until(lambda: queue.names('complete') == ['a.sh'])
+    queue.add('a.sh', mode=0o644)
+    until(lambda: poller.log().count('to_run/a.sh waits for its chmod +x') == 2)
+
+
+@pytest.mark.parametrize('name', ['stop', 'start', 'driver'])
+def test_no_name_of_a_script_is_taken_for_a_word_of_ours(gpus, queue, name):
+    queue.add('a.sh', queue.gate())
+    queue.add(name, mode=0o644)
+    poller = queue.start('--exit', '0')
+    until(lambda: f'to_run/{name} waits' in poller.log() and queue.names('running'))
+    poller.send_signal(signal.SIGINT)
+    until(lambda: 'interrupted: waiting for 1 script' in poller.log())
+    queue.open_gate()
+    assert poller.wait(30) == 130
+    assert 'driver is back' not in poller.log()
 
 
 def test_what_is_no_script_is_ignored(queue):
@@ -2437,6 +2478,16 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     assert four.lock_next() is None  # the first one again, and 7000 MiB are in use
     gpus.change(0, used=0)
     assert one.lock_next() == 0
+
+
+def test_run_refuses_a_gpu_that_another_poller_asks_for(gpus, queue):
+    queue.add('a.sh')
+    pool = ResourcePoolGPU(queue.path)
+    asking = fastgpu.take_lock(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.ask.lock')
+    with pytest.raises(FastgpuError, match='gpu 0 busy'):
+        pool.run('a.sh', 0)
+    os.close(asking)
+    assert pool.run('a.sh', 0)
 
 
 def test_who_only_asks_does_not_make_a_busy_gpu_seem_shared(gpus, tmp_path):
