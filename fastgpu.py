@@ -416,10 +416,10 @@ def read_note(path: StrPath) -> str:
 
 # --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
 
-# The shell that runs a script. It outlives the poller, and signals to its group until the script is done; it writes the
-# status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is ignored,
-# is not inherited by what it runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is for an
-# environment with SHELLOPTS=errexit, the long names are for one that has short ones.
+# The shell that runs a script. It outlives the poller, and signals to its group until the script is done; it writes
+# the status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is
+# ignored, is not inherited by what it runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is
+# for an environment with SHELLOPTS=errexit, the long names are for one that has short ones.
 NOT_STARTED = 254
 SHIM = ('set +e; fastgpu_file=$1 fastgpu_status=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
         f'trap \'[ "$fastgpu_status" ] || exit {NOT_STARTED}\' EXIT; '
