@@ -190,6 +190,8 @@ def check_dirs(path: Path, folders: list[Path]) -> None:
         if folder.stat().st_dev != folders[0].stat().st_dev:
             raise FastgpuError(f'{shown(folder)} is on another file system than {shown(folders[0])}: '
                                'scripts could not be moved between them')
+    if os.path.samefile(folders[0], folders[1]):
+        raise FastgpuError(f'{shown(folders[1])} is the same folder as {shown(folders[0])}')
     if os.statvfs(folders[1]).f_flag & os.ST_NOEXEC:
         raise FastgpuError(f'{shown(folders[1])} is on a file system mounted noexec: no script can run from there')
     # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
@@ -366,7 +368,7 @@ def open_lock(path: StrPath) -> int:
                 os.fchmod(fd, 0o666)  # all users of the host share it, whatever the umask
             return fd
         os.close(fd)
-        raise OSError(errno.EINVAL, 'is not a lock file', str(path))
+        raise OSError(errno.EINVAL, 'is not a lock file, or has a second name', str(path))
 
 
 def take_lock(path: StrPath, how: int = fcntl.LOCK_EX) -> int | None:
@@ -393,11 +395,18 @@ def give_back(fds: Iterable[int]) -> None:
 
 def is_held(path: StrPath) -> bool:
     """Return whether somebody holds the lock file `path`. Who tries to take it just then fails. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError), open(open_quietly(path), 'rb') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    try:
+        fd = open_quietly(path, os.O_RDWR)  # NFS locks no file exclusively that is only open to be read, flock(2)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        fd = open_quietly(path)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
     return False
 
 
@@ -420,9 +429,9 @@ def read_note(path: StrPath) -> str:
 # the status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is
 # ignored, is not inherited by what it runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is
 # for an environment with SHELLOPTS=errexit, the long names are for one that has short ones.
-NOT_STARTED = 254
+NOT_STARTED, NO_PROCESS = 254, 'fastgpu: no process to be had'
 SHIM = ('set +e; fastgpu_file=$1 fastgpu_status=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
-        f'trap \'[ "$fastgpu_status" ] || exit {NOT_STARTED}\' EXIT; '
+        f'trap \'[ "$fastgpu_status" ] || {{ echo "{NO_PROCESS}" >&2; exit {NOT_STARTED}; }}\' EXIT; '
         '"$@"; fastgpu_status=$?; printf %s $fastgpu_status >"$fastgpu_file"; exit $fastgpu_status')
 
 
@@ -511,7 +520,7 @@ class Queue:
     """The folders of a queue, as this host sees them, and where in them the files of a run are."""
 
     def __init__(self, path: StrPath, only_look: bool = False) -> None:
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(os.path.realpath(path))
         self.host = os.uname().nodename
         self.folders = queue_folders(self.path)
         self.to_run, self.running, self.complete, self.fail, self.out = self.folders
@@ -554,6 +563,10 @@ class Queue:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
                 continue
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    raise FastgpuError('its name is too long') from None
+                raise
             run = Run(self, name, ids, fd, {'script': script, 'host': self.host, 'kind': kind, 'ids': ids,
                                             'started': round(time.time(), 3)})
             try:
@@ -626,7 +639,11 @@ class Run:
     def open_record(self) -> None:
         """Open the record of a run that is not ours, and read it. Raises OSError."""
         self.fd = open_quietly(self.out('json'), os.O_RDWR)
-        self.record = read_record(self.fd)
+        try:
+            self.record = read_record(self.fd)
+        except OSError:  # a FIFO
+            self.close_record()
+            raise
 
     def close_record(self) -> None:
         """Close it, and with that give the lock on it back, if that is ours alone."""
@@ -1256,8 +1273,7 @@ class ResourcePoolBase:
             run.status = 128 - code if self._cuts[script] > 1 else None
             run.process = None
             return self._collect_other(run)
-        # Its stderr has what the shell said; a script that could end so itself would have an exit code.
-        if code == NOT_STARTED and not os.path.lexists(run.out('exitcode')) and not os.stat(run.out('stdout')).st_size:
+        if code == NOT_STARTED and last_line(run.out('stderr')) == NO_PROCESS:
             self._say('/start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
             self._start_at = time.monotonic() + LOOK_AROUND
             run.unclaim()
@@ -1277,14 +1293,15 @@ class ResourcePoolBase:
                 self._say(run.path, f'{shown(run.path)} has no record in out; if nothing runs it: {requeue}')
             return True
         try:
+            code, finished = run.exit_code()
             host = run.host()
             if host != self.host:
                 if host:
                     self._many_hosts = True
                     self._elsewhere[run.path] = (
-                        f'{shown(run.name)} runs on {shown(host)}; if that host is gone: {requeue}')
+                        f'{shown(run.name)} runs on {shown(host)}; if that host is gone: {requeue}' if code is None else
+                        f'{shown(run.name)} ended on {shown(host)} ({describe(code)}), where a poller would file it')
                 return True
-            code, finished = run.exit_code()
             overdue = code is not None and time.time() - finished > OVERDUE
             # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
             if not overdue and not (lock_fd(run.fd, run.out('json')) and (code is not None or not run.shim())):
@@ -1691,6 +1708,8 @@ class ResourcePoolGPU(ResourcePoolBase):
         self._driver, gpus = find_driver()
         gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
+        if not os.path.isabs(self._lock_file('')):
+            raise FastgpuError('FASTGPU_LOCK_DIR has to be the same for all: give it an absolute path')
         self.max_used, self.per_gpu = max_used, per_gpu
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
@@ -1735,14 +1754,18 @@ class ResourcePoolGPU(ResourcePoolBase):
             self._keep_up()
             pids = self._driver.pids(gpu)
             self._keep_up()
+            if self._said.pop('/driver', None):
+                log('the NVIDIA driver is back')
+                numbers = {found.uuid: found.index for found in self._driver.gpus()}
+                if any(numbers.get(gpu.uuid) != gpu.index for gpu, _ in self._places.values()):
+                    for gpu, _ in self._places.values():
+                        gpu.ident = gpu.uuid  # for CUDA the numbers now mean others
         except DriverError as error:
             self._say('/driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
             return False
         except GpuError as error:
             self._reasons[ident] = f'unusable: {shown(error)}'
             return False
-        if self._said.pop('/driver', None):
-            log('the NVIDIA driver is back')
         if ident in self._shared:
             busy = total - used < total / self.per_gpu
             rule = f'; one more script needs {memory_text(total / self.per_gpu)} of {memory_text(total)} free'
@@ -1947,9 +1970,10 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
                 file.write(os.fsencode(f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n') + line + b'\n')
             names.append(safe_rename(draft, queue.to_run, f'job-{number:06}.sh').name)
-    except OSError as error:
+    except (OSError, KeyboardInterrupt) as error:
+        why = explain(error) if isinstance(error, OSError) else 'interrupted'
         done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
-        raise FastgpuError(f'of {count(len(lines), "command")} {done} could be added: {explain(error)}') from None
+        raise FastgpuError(f'of {count(len(lines), "command")} {done} could be added: {why}') from None
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()

@@ -796,6 +796,21 @@ def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_sc
     assert (tmp_path / 'ran').read_text() == 'x\n'
 
 
+def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_that_never_started(small_disk, tmp_path):
+    queue = small_disk
+    subprocess.run(['mount', '-o', 'remount,nr_inodes=60', queue.path], check=True)
+    fill = 'n=0; while touch more$n 2>/dev/null; do n=$((n+1)); done'
+    queue.add('a.sh', f'echo >>{tmp_path}/runs; cd {queue.path}; {fill}; echo precious >&2; exit 254')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: 'cannot file a.sh now' in poller.log())
+    for file in queue.path.glob('more*'):
+        file.unlink()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert (queue.out('a.sh.exitcode'), queue.out('a.sh.stderr')[-9:]) == ('254', 'precious\n')
+    assert (tmp_path / 'runs').read_text() == '\n'
+
+
 def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
     queue = small_disk
     queue.add('a.sh', f'while [ ! -e {tmp_path}/go ]; do sleep 0.01; done; exit 5')
@@ -941,6 +956,16 @@ def test_runs_of_another_host_are_left_alone_and_named(queue):
     subprocess.run(command, shell=True, check=True)
     assert queue.poll()[0] == 0
     assert queue.all() == {'a-1.sh': 'complete'}
+
+
+def test_a_run_that_ended_on_another_host_is_not_to_be_run_again(queue):
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', 'host': 'far', 'ids': [0], 'started': 1.0, 'pid': 1}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    (queue.path / 'out' / 'a.sh.exitcode').write_text('3')
+    log = queue.poll()[1]
+    assert 'a.sh ended on far (status 3), where a poller would file it\n' in log
+    assert 'mv ' not in log
 
 
 def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
@@ -2229,6 +2254,16 @@ def test_a_driver_that_goes_is_told_once_and_used_again_when_it_is_back(gpus, qu
     assert 'the NVIDIA driver is back\n' in poller.log()
 
 
+def test_gpus_that_a_driver_came_back_with_under_other_numbers_go_by_uuid(gpus, queue):
+    gpus.have(3)
+    pool = ResourcePoolGPU(queue.path)
+    gpus.save(gone=9, init=9)
+    assert pool.lock_next() is None
+    gpus.set(*gpus.gpus[1:])
+    ident = pool.lock_next()
+    assert pool.environment(ident)['CUDA_VISIBLE_DEVICES'] == gpus.gpus[0]['uuid']
+
+
 def test_a_gpu_that_is_lost_later_is_unusable_while_the_others_go_on(gpus, queue):
     pool = ResourcePoolGPU(queue.path)
     gpus.gpus[0]['uuid'] = 'GPU-another'
@@ -2814,6 +2849,19 @@ def test_a_queue_in_a_sticky_folder_is_not_refused(queue):
     assert queue.poll()[0] == 0
     queue.path.chmod(0o777)
     assert f'chmod go-w {queue.path}\n' in refused(queue.path)
+
+
+def test_to_run_and_running_must_be_two_folders(queue):
+    (queue.path / 'running').rmdir()
+    (queue.path / 'running').symlink_to('to_run')
+    assert refused(queue.path) == (
+        f'fastgpu_poll: {queue.path}/running is the same folder as {queue.path}/to_run\n')
+
+
+def test_the_folder_of_the_locks_must_have_an_absolute_path(gpus, queue, monkeypatch):
+    monkeypatch.setenv('FASTGPU_LOCK_DIR', 'locks')
+    with pytest.raises(FastgpuError, match='absolute path'):
+        ResourcePoolGPU(queue.path)
 
 
 def test_the_folders_must_be_on_one_file_system(queue, tmp_path):
