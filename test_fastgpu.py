@@ -807,7 +807,8 @@ def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_t
         file.unlink()
     assert poller.wait(30) == 1
     assert queue.all() == {'a.sh': 'fail'}
-    assert (queue.out('a.sh.exitcode'), queue.out('a.sh.stderr')[-9:]) == ('254', 'precious\n')
+    assert queue.out('a.sh.exitcode') == '254'
+    assert 'precious\n' in queue.out('a.sh.stderr')
     assert (tmp_path / 'runs').read_text() == '\n'
 
 
