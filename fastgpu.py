@@ -254,7 +254,7 @@ def find_next_script(p: StrPath) -> Path | None:
 class Listing:
     """The names in a folder in sorted order, from which the first ones are taken.
 
-    To list a long queue takes longer than to start a script of it. So a list serves for ten times as long as it took
+    To list a long queue takes longer than to start a script of it. So a list serves for six times as long as it took
     to make, and for a second while the folder seems unchanged: its time stamp is too coarse to tell each change.
     """
 
@@ -276,7 +276,7 @@ class Listing:
             return
         self.names = names_in(self.folder)[::-1]
         self.again, self.waiting, self._changed = False, False, changed
-        self._due = time.monotonic() + 10 * (time.monotonic() - began)
+        self._due = time.monotonic() + 6 * (time.monotonic() - began)
         self._expires = began + LOOK_AROUND
 
 
@@ -1106,8 +1106,10 @@ class ResourcePoolBase:
             if idle:
                 self._scripts = Listing(self.queue.to_run)  # a script that came just now is not to be overlooked
             # The next scripts start before those that have ended are filed, so that no resource waits for that.
-            left = self._start(hurry=released and not looked)
+            left = self._start(hurry=released)
             self._collect()
+            if released:
+                self._scripts.update()
             if not left and not self._runs:
                 for path, text in self._elsewhere.items():
                     self._say(path, text)
