@@ -263,8 +263,9 @@ class Listing:
         self.names: list[str] = []  # what is left of the list, backwards
         self.again = False  # to be set when a name is taken that should be in the next list: forces one
         self.waiting = False  # to be set when such a name only waits for a moment: the poller does not end then
+        self.listed = 0.0  # when the list was made
         self._changed = 0
-        self._due = self._expires = 0.0
+        self._due = 0.0
 
     def update(self) -> None:
         """List the folder if that is due. Raises OSError."""
@@ -272,12 +273,12 @@ class Listing:
         if began < self._due:
             return
         changed = os.stat(self.folder).st_mtime_ns
-        if changed == self._changed and not self.again and began < self._expires:
+        if changed == self._changed and not self.again and began < self.listed + LOOK_AROUND:
             return
         self.names = names_in(self.folder)[::-1]
         self.again, self.waiting, self._changed = False, False, changed
         self._due = time.monotonic() + 6 * (time.monotonic() - began)
-        self._expires = began + LOOK_AROUND
+        self.listed = began
 
 
 def numbered(name: str, n: int) -> str:
@@ -1108,8 +1109,8 @@ class ResourcePoolBase:
             # The next scripts start before those that have ended are filed, so that no resource waits for that.
             left = self._start(hurry=released)
             self._collect()
-            if released:
-                self._scripts.update()
+            if released and time.monotonic() > self._scripts.listed + LOOK_AROUND / 3:
+                self._scripts.update()  # nothing waits for that now
             if not left and not self._runs:
                 for path, text in self._elsewhere.items():
                     self._say(path, text)
