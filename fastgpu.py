@@ -191,7 +191,8 @@ def check_dirs(path: Path, folders: list[Path]) -> None:
             raise FastgpuError(f'{shown(folder)} is on another file system than {shown(folders[0])}: '
                                'scripts could not be moved between them')
     if os.path.samefile(folders[0], folders[1]):
-        raise FastgpuError(f'{shown(folders[1])} is the same folder as {shown(folders[0])}')
+        raise FastgpuError(f'{shown(folders[1])} is the same folder as {shown(folders[0])}: '
+                           'make it one of its own')
     if os.statvfs(folders[1]).f_flag & os.ST_NOEXEC:
         raise FastgpuError(f'{shown(folders[1])} is on a file system mounted noexec: no script can run from there')
     # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
@@ -784,8 +785,8 @@ class Run:
         started: float = self.record.get('started', self.finished)
         return max(0.0, self.finished - max(since, started))
 
-    def settle(self) -> tuple[str, str]:
-        """File it, if it has ended and its record is ours, in complete, fail or to_run, by what it left in out/.
+    def settle(self, code: int | None, finished: float) -> tuple[str, str]:
+        """File it, if it has ended and its record is ours, in complete, fail or to_run, by its `exit_code`.
 
         Each step can be repeated: a crash between two leaves what the next settle completes. Returns the folder it
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
@@ -794,12 +795,12 @@ class Run:
         if self.status is None and 'pid' not in record and not self.was_started():  # its poller died before that
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
-        code, self.finished = self.exit_code()
+        self.finished = finished
         if code is None and self.status is not None:
             Path(self.out('exitcode')).write_text(str(self.status))
             code = self.status
         if 'finished' not in record:
-            record.update(finished=round(self.finished, 3), exitcode=code)
+            record.update(finished=round(finished, 3), exitcode=code)
             self.save()
         # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
         unknown = code is None and os.path.lexists(self.out('exitcode'))
@@ -1050,7 +1051,7 @@ class ResourcePoolBase:
                     run.record['stopped'] = True
                 elif code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5:
                     return False  # too early to tell
-            folder, text = run.settle()
+            folder, text = run.settle(code, finished)
         except OSError as error:
             self._say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
             with contextlib.suppress(OSError):
@@ -1303,7 +1304,7 @@ class ResourcePoolBase:
                     self._many_hosts = True
                     self._elsewhere[run.path] = (
                         f'{shown(run.name)} runs on {shown(host)}; if that host is gone: {requeue}' if code is None else
-                        f'{shown(run.name)} ended on {shown(host)} ({describe(code)}), where a poller would file it')
+                        f'{shown(run.name)} ended on {shown(host)} ({describe(code)}): start fastgpu_poll there')
                 return True
             overdue = code is not None and time.time() - finished > OVERDUE
             # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
@@ -1602,8 +1603,8 @@ def find_driver() -> tuple[Nvml | NvidiaSmi, list[Gpu]]:
     except ImportError:
         driver = NvidiaSmi()
         if not shutil.which('nvidia-smi'):
-            raise FastgpuError('no NVIDIA driver found: neither the package nvidia-ml-py nor the command nvidia-smi '
-                               f'is here; {instead}') from None
+            raise FastgpuError('no NVIDIA driver found: install the driver, which brings nvidia-smi, or if it is here '
+                               f'pip install nvidia-ml-py; {instead}') from None
         log('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py')
     try:
         gpus = driver.gpus()
@@ -1710,9 +1711,9 @@ class ResourcePoolGPU(ResourcePoolBase):
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
         gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
-        super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         if not os.path.isabs(self._lock_file('')):
             raise FastgpuError('FASTGPU_LOCK_DIR has to be the same for all: give it an absolute path')
+        super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
@@ -1760,9 +1761,9 @@ class ResourcePoolGPU(ResourcePoolBase):
             if self._said.pop('/driver', None):
                 log('the NVIDIA driver is back')
                 numbers = {found.uuid: found.index for found in self._driver.gpus()}
-                if any(numbers.get(gpu.uuid) != gpu.index for gpu, _ in self._places.values()):
-                    for gpu, _ in self._places.values():
-                        gpu.ident = gpu.uuid  # for CUDA the numbers now mean others
+                if any(numbers.get(each.uuid) != each.index for each, _ in self._places.values()):
+                    for each, _ in self._places.values():
+                        each.ident = each.uuid  # for CUDA the numbers now mean others
         except DriverError as error:
             self._say('/driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
             return False

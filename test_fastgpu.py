@@ -45,9 +45,12 @@ AS_NOBODY = ('import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setu
              'sys.exit(fastgpu.main(sys.argv[1:]))')
 
 
-def let_be_noted(folder, name):
-    """Wait until a lock file in `folder` says that the script `name` holds it: that comes after its record."""
-    until(lambda: any(f'runs {name} of' in file.read_text() for file in Path(folder).glob('*.lock')))
+def kill_holding(poller, queue, name, locks):
+    """Kill a poller whose script `name` runs when a lock file in `locks` says so, which comes after its record."""
+    until(lambda: queue.names('running') == [name] and 'pid' in queue.record(name))
+    until(lambda: any(f'runs {name} of' in file.read_text() for file in Path(locks).glob('*.lock')))
+    poller.kill()
+    poller.wait()
 
 
 def until(condition, what='it', seconds=30):
@@ -965,7 +968,7 @@ def test_a_run_that_ended_on_another_host_is_not_to_be_run_again(queue):
     (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
     (queue.path / 'out' / 'a.sh.exitcode').write_text('3')
     log = queue.poll()[1]
-    assert 'a.sh ended on far (status 3), where a poller would file it\n' in log
+    assert 'a.sh ended on far (status 3): start fastgpu_poll there\n' in log
     assert 'mv ' not in log
 
 
@@ -1053,10 +1056,7 @@ def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
     queue.add('a.sh', queue.gate())
     queue.add('b.sh', '')
     first = queue.start('--workers', '1')
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    let_be_noted(queue.path, 'a.sh')
-    first.kill()
-    first.wait()
+    kill_holding(first, queue, 'a.sh', queue.path)
     second = queue.start('--workers', '1')
     until(lambda: 'worker 0 busy: runs a.sh of user' in second.log())
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
@@ -1085,10 +1085,7 @@ def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
     command = f'exec {sys.executable} {MODULE} --workers 1 --path {queue.path} <&- >&- 2>&-'
     first = subprocess.Popen(['/bin/sh', '-c', command])
     queue.pollers.append(first)
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    let_be_noted(queue.path, 'a.sh')
-    first.kill()
-    first.wait()
+    kill_holding(first, queue, 'a.sh', queue.path)
     queue.add('b.sh')
     second = queue.start('--workers', '1')
     until(lambda: 'worker 0 busy: runs a.sh' in second.log())
@@ -2055,10 +2052,7 @@ def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
     gpus.have(1)
     first.add('a.sh', first.gate())
     poller = first.start('--exit', '1')
-    until(lambda: first.names('running') == ['a.sh'] and 'pid' in first.record('a.sh'))
-    let_be_noted(gpus.locks, 'a.sh')
-    poller.kill()
-    poller.wait()
+    kill_holding(poller, first, 'a.sh', gpus.locks)
     second.add('b.sh')
     poller = second.start('--exit', '1')
     until(lambda: f'gpu 0 busy: runs a.sh of user {os.getuid()} (pid ' in poller.log())
@@ -2378,8 +2372,8 @@ def test_without_both_one_line_tells_both_remedies(smi, queue, monkeypatch):
         pytest.skip('a real nvidia-smi is here')
     status, log = queue.poll('--exit', '1')
     assert status == 2
-    assert log == ('fastgpu_poll: no NVIDIA driver found: neither the package nvidia-ml-py nor '
-                   'the command nvidia-smi is here; use --workers N to run without GPUs\n')
+    assert log == ('fastgpu_poll: no NVIDIA driver found: install the driver, which brings '
+                   'nvidia-smi, or if it is here pip install nvidia-ml-py; use --workers N to run without GPUs\n')
 
 
 # --- GPUs: several per script -----------------------------------------------------------------------------------------
@@ -2856,7 +2850,7 @@ def test_to_run_and_running_must_be_two_folders(queue):
     (queue.path / 'running').rmdir()
     (queue.path / 'running').symlink_to('to_run')
     assert refused(queue.path) == (
-        f'fastgpu_poll: {queue.path}/running is the same folder as {queue.path}/to_run\n')
+        f'fastgpu_poll: {queue.path}/running is the same folder as {queue.path}/to_run: make it one of its own\n')
 
 
 def test_the_folder_of_the_locks_must_have_an_absolute_path(gpus, queue, monkeypatch):
