@@ -21,8 +21,9 @@ How it works, and why nothing is lost:
 - A script is in exactly one of to_run, running, complete and fail, and nothing but a rename ever moves it.
 - A run reserves its name by creating out/NAME.json with O_EXCL. So two pollers never take the same script, and a
   name in running, complete, fail and out means one run, for ever: the second run of train.sh is train-1.sh.
-- That record, and a lock file per GPU, are locked with flock(2). The script inherits both locks, so they last as
-  long as it does, whatever becomes of the poller, and the kernel drops them when it ends, whatever ended it.
+- That record, and a lock file per GPU, are locked with fcntl(2), by locks that belong to the open file. The script
+  inherits them, so they last as long as it does, whatever becomes of the poller, and the kernel drops them when it
+  ends, whatever ended it.
 - When it has ended, the next script starts before it is filed: no GPU waits for that.
 - The script runs under one line of /bin/sh, in a session of its own, which writes the exit status to
   out/NAME.exitcode even if the poller is dead by then.
@@ -45,12 +46,13 @@ import shlex
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TextIO, Union
 
 __version__ = '0.1.0'
 __all__ = ['FastgpuError', 'FixedWorkerPool', 'ResourcePoolBase', 'ResourcePoolGPU', 'find_next_script', 'main',
@@ -69,6 +71,16 @@ class FastgpuError(Exception):
 
 
 # --- Messages: lines on stderr, safe to print whatever a file is called ---------------------------------------------
+
+def write(stream: TextIO, text: str) -> None:
+    """Write `text` to standard output or standard error, or nothing from then on if nobody reads that any more."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # What is left in its buffer would fail again when Python ends, and make its exit status 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
 
 class Log:
     """Lines on stderr, and on a terminal one more below them, which tells how far things are."""
@@ -102,8 +114,7 @@ class Log:
             if self._terminal():
                 width = os.get_terminal_size(sys.stderr.fileno()).columns
                 lines = f'\r\033[K{lines}{self._bottom[:max(0, width - 1)]}'
-            sys.stderr.write(lines)
-            sys.stderr.flush()
+            write(sys.stderr, lines)
 
 
 log = Log()
@@ -156,10 +167,9 @@ def time_left(mean: float, waiting: int, running: int) -> float:
 def user_name(uid: int) -> str:
     """Return the name of a user, or the number where there is none."""
     import pwd  # here, because only `status` needs it
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    return str(uid)
 
 
 # --- Folders: the queue is five of them, and a script is a file in one ----------------------------------------------
@@ -204,22 +214,26 @@ def check_dirs(path: Path, folders: list[Path]) -> None:
         raise FastgpuError('others could have their code run as you; mend it with: ' + shown(f'chmod go-w {names}'))
 
 
-def condition(path: StrPath) -> str:
-    """Return what keeps the file `path` from being run: nothing (''), or the reason in a few words.
+# What keeps a file in to_run from being started, where it is more than something to be told.
+IGNORED = 'ignored'  # no script at all: a folder, a FIFO, a name that is gone
+NOT_EXECUTABLE = 'not executable'
+FRESH = 'just written'
+ENDING = 'its last run ends just now'
 
-    `ignored` is what is no script at all: a folder, a FIFO, a name that is gone.
-    """
+
+def condition(path: StrPath) -> str:
+    """Return what keeps the file `path` from being run: nothing (''), or the reason in a few words."""
     try:
         status = os.stat(path)
     except OSError:
-        return 'a link that leads nowhere' if os.path.islink(path) else 'ignored'
+        return 'a link that leads nowhere' if os.path.islink(path) else IGNORED
     if not stat.S_ISREG(status.st_mode):
-        return 'ignored'
+        return IGNORED
     if not os.access(path, os.X_OK):
-        return 'not executable'
+        return NOT_EXECUTABLE
     # A time stamp in the future (a clock that was set back, a file server's clock) is not "just now".
     if 0 <= time.time() - status.st_mtime < JUST_WRITTEN:
-        return 'just written'
+        return FRESH
     return ''
 
 
@@ -231,7 +245,7 @@ def names_in(folder: StrPath) -> list[str]:
 def scripts_in(folder: StrPath) -> dict[str, str]:
     """Return the names of the scripts in `folder`, in sorted order, each with its `condition`."""
     found = {name: condition(os.path.join(folder, name)) for name in names_in(folder)}
-    return {name: reason for name, reason in found.items() if reason != 'ignored'}
+    return {name: reason for name, reason in found.items() if reason != IGNORED}
 
 
 def file_mark(path: StrPath) -> tuple[int, ...]:
@@ -250,36 +264,6 @@ def find_next_script(p: StrPath) -> Path | None:
     the last 0.1 s: someone may still be copying it. Raises OSError where `p` cannot be read.
     """
     return next((Path(p) / name for name in names_in(p) if not condition(os.path.join(p, name))), None)
-
-
-class Listing:
-    """The names in a folder in sorted order, from which the first ones are taken.
-
-    To list a long queue takes longer than to start a script of it. So a list serves for six times as long as it took
-    to make, and for a second while the folder seems unchanged: its time stamp is too coarse to tell each change.
-    """
-
-    def __init__(self, folder: StrPath) -> None:
-        self.folder = folder
-        self.names: list[str] = []  # what is left of the list, backwards
-        self.again = False  # to be set when a name is taken that should be in the next list: forces one
-        self.waiting = False  # to be set when such a name only waits for a moment: the poller does not end then
-        self.listed = 0.0  # when the list was made
-        self._changed = 0
-        self._due = 0.0
-
-    def update(self) -> None:
-        """List the folder if that is due. Raises OSError."""
-        began = time.monotonic()
-        if began < self._due:
-            return
-        changed = os.stat(self.folder).st_mtime_ns
-        if changed == self._changed and not self.again and began < self.listed + LOOK_AROUND:
-            return
-        self.names = names_in(self.folder)[::-1]
-        self.again, self.waiting, self._changed = False, False, changed
-        self._due = time.monotonic() + 6 * (time.monotonic() - began)
-        self.listed = began
 
 
 def numbered(name: str, n: int) -> str:
@@ -316,31 +300,51 @@ def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
 
     Returns the new path. Nothing is ever overwritten. Raises OSError, FileNotFoundError if `file` is gone.
     """
-    for n in itertools.count():
+    n = 0
+    while True:
         target = os.path.join(dest, numbered(name or os.path.basename(file), n))
         try:
             rename_new(file, target)
             return Path(target)
         except FileExistsError:
-            continue
-    raise AssertionError('unreachable')
+            n += 1
 
 
-# --- Locks: flock(2) on a file, so that a child inherits the lock and the kernel drops it with the last holder ------
+# --- Locks: bytes of a file, which a child inherits, and which the kernel gives back with the last who holds them ---
 
-def lock_fd(fd: int, path: StrPath, how: int = fcntl.LOCK_EX) -> bool:
-    """Lock the open file `fd` if nobody holds it and `path` still leads to it. Raises OSError.
+# These are the locks of fcntl(2) that belong to an open file, as those of flock(2) do: so they outlive whoever took
+# them, as long as a child has that file open. But a file has many of them: each byte is a place that one script can
+# have, all of them together are the whole resource, and one far behind is held by who asks whether a place is free.
+ALL = 0, 1 << 20
+ASKING = 1 << 20, 1
+FLOCK = 'hhqqi'  # struct flock
+NOTE = 256  # bytes in the file for each place, which say who has it
+
+
+def lock_bytes(fd: int, place: tuple[int, int] = ALL, kind: int = fcntl.F_WRLCK) -> bool:
+    """Lock a place in the open file `fd`, with F_UNLCK unlock it; return whether nobody else has it. Raises OSError."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(FLOCK, kind, os.SEEK_SET, *place, 0))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def locked_byte(fd: int, place: tuple[int, int] = ALL) -> int | None:
+    """Return the first byte of a lock that others have on a place in the open file `fd`, None where there is none."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *place, 0))
+    kind, _, first, _, _ = struct.unpack(FLOCK, answer)
+    return None if kind == fcntl.F_UNLCK else int(first)
+
+
+def lock_file(fd: int, path: StrPath, place: tuple[int, int] = ALL) -> bool:
+    """Lock a place in the open file `fd` if nobody has it and `path` still leads to that file. Raises OSError.
 
     A file that was deleted meanwhile can be locked by us and its successor by somebody else: that is no lock.
     """
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+    with contextlib.suppress(FileNotFoundError):
+        return lock_bytes(fd, place) and os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    return False
 
 
 def open_quietly(path: StrPath, flags: int = os.O_RDONLY) -> int:
@@ -353,76 +357,47 @@ def open_lock(path: StrPath) -> int:
 
     Raises OSError, with a reason for people, for anything that is not a lock file: a link, a FIFO.
     """
-    while True:
-        # Without O_CREAT where it exists: the kernel refuses that for the files of others in a sticky folder
-        # (fs.protected_regular in proc(5)).
-        try:
-            fd = open_quietly(path, os.O_RDWR)
-        except FileNotFoundError:
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-            except FileExistsError:
-                continue
-        status = os.fstat(fd)
-        # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
-        if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
-            if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != 0o666:
-                os.fchmod(fd, 0o666)  # all users of the host share it, whatever the umask
-            return fd
+    mask = os.umask(0)  # all users of the host share it
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    except FileExistsError:
+        # Without O_CREAT, with which the kernel refuses the files of others in a sticky folder (fs.protected_regular in
+        # proc(5)).
+        fd = open_quietly(path, os.O_RDWR)
+    finally:
+        os.umask(mask)
+    status = os.fstat(fd)
+    # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(fd)
         raise OSError(errno.EINVAL, 'is not a lock file, or has a second name', str(path))
+    return fd
 
 
-def take_lock(path: StrPath, how: int = fcntl.LOCK_EX) -> int | None:
-    """Return a descriptor that holds the lock file `path`, or None where somebody else holds it. Raises OSError.
-
-    None too for one that somebody removed just then: whoever needs it asks again.
-    """
-    fd = open_lock(path)
-    got = False
-    try:
-        got = lock_fd(fd, path, how)
-    finally:
-        if not got:
-            os.close(fd)
-    return fd if got else None
-
-
-def give_back(fds: Iterable[int]) -> None:
-    """Release the locks of these descriptors, which we hold, whoever else inherited them."""
-    for fd in fds:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
-
-
-def is_held(path: StrPath) -> bool:
-    """Return whether somebody holds the lock file `path`. Who tries to take it just then fails. Raises OSError."""
-    try:
-        fd = open_quietly(path, os.O_RDWR)  # NFS locks no file exclusively that is only open to be read, flock(2)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        fd = open_quietly(path)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def write_note(fd: int, text: str = '') -> None:
-    """Say in a lock file who holds it, for people. All notes are as long: to truncate a file can take 0.3 ms."""
+def write_note(fd: int, place: tuple[int, int], text: str = '') -> None:
+    """Say in a lock file who has a place, for people. All notes are as long: to truncate a file can take 0.3 ms."""
     with contextlib.suppress(OSError):
-        os.pwrite(fd, shown(text).encode('utf-8', 'replace')[:255].ljust(255) + b'\n', 0)
+        os.pwrite(fd, shown(text).encode('utf-8', 'replace')[:NOTE - 1].ljust(NOTE - 1) + b'\n', NOTE * place[0])
 
 
-def read_note(path: StrPath) -> str:
-    """Return what the holder of the lock file `path` wrote there, for people only: anybody can write to it."""
-    with contextlib.suppress(OSError), open(open_quietly(path), encoding='utf-8', errors='replace') as file:
-        return shown(file.read(256).strip())
-    return ''
+def why_locked(path: StrPath, place: tuple[int, int] = ALL) -> str:
+    """Return why a place, or a part of it, in the lock file `path` is not free: '', or `busy: who`, or `unusable: why`.
+
+    Who has it is what they wrote there, for people only: anybody can write to the file.
+    """
+    try:
+        fd = open_quietly(path)
+        try:
+            first = locked_byte(fd, place)
+            note = b'' if first is None else os.pread(fd, NOTE, NOTE * first)
+        finally:
+            os.close(fd)
+    except FileNotFoundError:
+        return ''
+    except OSError as error:
+        return f'unusable: {explain(error)}'
+    who = note.decode('utf-8', 'replace').strip('\0\n ') or f'locked, {path}'
+    return '' if first is None else f'busy: {shown(who)}'
 
 
 # --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
@@ -462,11 +437,9 @@ def read_record(fd: int) -> dict[str, Any]:
 
 def runs_shim(pid: object, exitcode: StrPath) -> bool:
     """Return whether the process `pid` is the shim that will write `exitcode` (proc(5), cmdline)."""
-    try:
-        with open(f'/proc/{pid}/cmdline', 'rb') as file:
-            return os.fsencode(exitcode) in file.read().split(b'\0')
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), open(f'/proc/{pid}/cmdline', 'rb') as file:
+        return os.fsencode(exitcode) in file.read().split(b'\0')
+    return False
 
 
 def session_groups(leader: int) -> set[int]:
@@ -507,19 +480,16 @@ def missing_interpreter(script: Path) -> str:
 
     The shell says only that the script was not found, which it plainly was. Often it is a carriage return.
     """
-    try:
-        with open(script, 'rb') as file:
-            words = file.readline(300).rstrip(b'\n')
-    except OSError:
-        return ''
-    interpreter = words[2:].strip(b' \t').split(b' ')[0]
-    if not words.startswith(b'#!') or os.path.exists(interpreter):
-        return ''
-    return f'its interpreter {os.fsdecode(interpreter)} does not exist'
+    with contextlib.suppress(OSError), open(script, 'rb') as file:
+        words = file.readline(300).rstrip(b'\n')
+        interpreter = words[2:].strip(b' \t').split(b' ')[0]
+        if words.startswith(b'#!') and not os.path.exists(interpreter):
+            return f'its interpreter {os.fsdecode(interpreter)} does not exist'
+    return ''
 
 
 class Queue:
-    """The folders of a queue, as this host sees them, and where in them the files of a run are."""
+    """The folders of a queue, as this host sees them."""
 
     def __init__(self, path: StrPath, only_look: bool = False) -> None:
         self.path = Path(os.path.realpath(path))
@@ -533,97 +503,53 @@ class Queue:
             raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
         self.alive = self.path / f'.{self.host}.poller'  # a lock that every poller of this host shares
 
-    def out_file(self, name: str, kind: str) -> str:
-        """Return the file of that `kind` in out/ of the run `name`."""
-        return f'{self.out}/{name}.{kind}'
-
-    def announce(self) -> int | None:
-        """Let `status` know that a poller is alive, until the descriptor is closed that this returns, if it can."""
-        with contextlib.suppress(OSError):
-            for _ in range(10):  # `status` takes the lock for a moment, to see
-                fd = take_lock(self.alive, fcntl.LOCK_SH)
-                if fd is not None:
-                    return fd
-                time.sleep(0.01)
-        return None
-
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
         """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone.
 
         Raises FastgpuError where that can never be done, OSError where it cannot now.
         """
+        record = {'script': script, 'host': self.host, 'kind': kind, 'ids': ids, 'started': round(time.time(), 3)}
         for n in itertools.count():
-            name = numbered(script, n)
-            too_long = len(os.fsencode(name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
+            run = Run(self, numbered(script, n))
+            too_long = len(os.fsencode(run.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
             if too_long > 0:
                 raise FastgpuError(f'its name is too long, by {too_long} bytes')
-            if any(map(os.path.lexists, [*(f'{folder}/{name}' for folder in (self.running, self.complete, self.fail)),
-                                         *(self.out_file(name, kind) for kind in ('stdout', 'stderr', 'exitcode'))])):
-                continue
-            path = self.out_file(name, 'json')
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                if error.errno == errno.ENAMETOOLONG:
-                    raise FastgpuError('its name is too long') from None
-                raise
-            run = Run(self, name, ids, fd, {'script': script, 'host': self.host, 'kind': kind, 'ids': ids,
-                                            'started': round(time.time(), 3)})
-            try:
-                # From the rename on, a name in running/ whose record is not locked has no owner.
-                if not lock_fd(fd, path):
-                    run.close_record()  # another poller just took it for the record of a crashed one
-                    continue
-                run.save()
-                os.rename(f'{self.to_run}/{script}', run.path)
+                if run.reserve(record):
+                    # From here on, a name in running/ whose record is not locked has no owner.
+                    os.rename(f'{self.to_run}/{script}', run.path)
+                    return run
             except BaseException as error:
                 gone = isinstance(error, FileNotFoundError)
                 # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
-                if not (gone and os.path.lexists(run.path)):
-                    run.unclaim()
-                    if gone and not os.path.lexists(f'{self.to_run}/{script}'):
-                        return None
-                    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
-                        raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
-                    raise
-            return run
+                if gone and os.path.lexists(run.path):
+                    return run
+                run.unclaim()
+                if gone and not os.path.lexists(f'{self.to_run}/{script}'):
+                    return None
+                if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV,
+                                                                  errno.ENAMETOOLONG):
+                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
+                raise
         raise AssertionError('unreachable')
 
-    def remove_strays(self) -> None:
-        """Remove the records of runs that never were: their poller died between the record and the rename."""
-        names = set(os.listdir(self.out))
-        for file in sorted(names):
-            name, suffix = os.path.splitext(file)
-            if suffix != '.json' or name + '.stdout' in names:
-                continue
-            run = Run(self, name)
-            try:
-                run.open_record()
-            except OSError:
-                continue  # none of ours, or gone
-            with contextlib.suppress(OSError):
-                ours = run.record or os.fstat(run.fd).st_size == 0  # others may keep their JSON files there
-                if (ours and not run.record.keys() & {'pid', 'finished'} and run.host() == self.host
-                        and lock_fd(run.fd, run.out('json'))
-                        and not run.was_started() and not os.path.lexists(run.path)):
-                    os.unlink(run.out('json'))
-            run.close_record()
+
+RUNS, ENDED, ELSEWHERE, LOST = 'runs', 'ended', 'elsewhere', 'lost'
 
 
 class Run:
-    """A script in running/ on this host: one that this poller started, or one that it found there."""
+    """A script in running/: one that this poller started, or one that it found there."""
 
-    def __init__(self, queue: Queue, name: str, ids: Sequence[Any] = (), fd: int = -1,
-                 record: dict[str, Any] | None = None) -> None:
-        self.queue, self.name, self.record = queue, name, record or {}
+    def __init__(self, queue: Queue, name: str) -> None:
+        self.queue, self.name = queue, name
         self.path = f'{queue.running}/{name}'
-        self.ids, self.fd = ids, fd  # what we still hold for it: its resources, and its record
+        self.record: dict[str, Any] = {}
+        self.fd = -1  # the file of the record
+        self.held: Sequence[Any] = ()  # the resources that we hold for it
         self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
         self.is_new = False  # whether we started it, and did not log that yet
-        self.pidfd: int | None = None
-        self.status: int | None = None  # how it ended as its shim told us, where that could not write it
+        self.pidfd = -1  # readable when that has ended
+        self.status: int | None = None  # how it ended as we know it, whether or not that could be written
         self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
         self.finished = 0.0  # when it ended, once it is settled
 
@@ -634,18 +560,50 @@ class Run:
         """The name it had in to_run, and will have if it goes back there."""
         return str(self.record.get('script', self.name))
 
+    @property
+    def ids(self) -> Sequence[Any]:
+        """The resources that it has or had, by its record."""
+        ids: Sequence[Any] = self.record.get('ids', '?')
+        return ids
+
     def out(self, kind: str) -> str:
         """Return its file of that `kind` in out/."""
-        return self.queue.out_file(self.name, kind)
+        return f'{self.queue.out}/{self.name}.{kind}'
+
+    def is_taken(self) -> bool:
+        """Return whether there is anything but a record of a run of this name."""
+        folders = [f'{folder}/{self.name}' for folder in (self.queue.running, self.queue.complete, self.queue.fail)]
+        return any(map(os.path.lexists, folders + [self.out(kind) for kind in ('stdout', 'stderr', 'exitcode')]))
+
+    def reserve(self, record: dict[str, Any]) -> bool:
+        """Make `record` its record, and lock it; return False where its name is that of another run. Raises OSError.
+
+        A record that nobody locks, of a run that never began, was left by a poller that died here: it is taken over.
+        """
+        if self.is_taken():
+            return False
+        try:
+            self.fd = os.open(self.out('json'), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            ours = lock_file(self.fd, self.out('json'))
+        except FileExistsError:
+            ours = False
+            with contextlib.suppress(OSError):  # a folder or a FIFO, or just removed
+                self.open_record()
+                ours = (lock_file(self.fd, self.out('json')) and self.host() == self.queue.host
+                        and not self.record.keys() & {'pid', 'finished'} and not self.is_taken())
+        if ours:
+            self.record = record
+            self.save()
+        else:
+            self.close_record()
+        return ours
 
     def open_record(self) -> None:
-        """Open the record of a run that is not ours, and read it. Raises OSError."""
-        self.fd = open_quietly(self.out('json'), os.O_RDWR)
-        try:
-            self.record = read_record(self.fd)
-        except OSError:  # a FIFO
-            self.close_record()
-            raise
+        """Open and read the record of a run that is not ours, as it is now. Raises OSError."""
+        self.close_record()
+        path = self.out('json')
+        self.fd = open_quietly(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+        self.record = read_record(self.fd)
 
     def close_record(self) -> None:
         """Close it, and with that give the lock on it back, if that is ours alone."""
@@ -655,29 +613,20 @@ class Run:
 
     def save(self) -> None:
         """Write what we know of the run to its record. Raises OSError."""
-        text = json.dumps(self.record, default=str) + '\n'
-        if self.fd >= 0:
-            write_all(self.fd, text)
-        else:
-            with open(self.out('json'), 'r+b', 0) as file:
-                write_all(file.fileno(), text)
+        write_all(self.fd, json.dumps(self.record, default=str) + '\n')
 
     def host(self) -> str:
-        """Return the host of a run whose record is open, ours if that stays empty, '' while it may be on its way here.
+        """Return its host by its record: ours if that stays empty, '' while it may be on its way here. Raises OSError.
 
         A record stays empty where its poller, or the power, died between two system calls. After a minute (file
         servers and caches take at most half of one) it is taken for such a one, and for ours.
         """
-        old = time.time() - os.fstat(self.fd).st_mtime > 60
-        return str(self.record.get('host') or (self.queue.host if old else ''))
-
-    def was_started(self) -> bool:
-        """Return whether it wrote anything, by which it is known even without a pid in its record."""
-        sizes = [os.stat(self.out(kind)).st_size for kind in ('stdout', 'stderr') if os.path.exists(self.out(kind))]
-        return any(sizes) or os.path.lexists(self.out('exitcode'))
+        status = os.fstat(self.fd)
+        stays_empty = status.st_size == 0 and time.time() - status.st_mtime > 60
+        return str(self.record.get('host') or (self.queue.host if stays_empty else ''))
 
     def exit_code(self) -> tuple[int | None, float]:
-        """Return its exit status and the time it ended, or None and now.
+        """Return its exit status and the time it ended, or None and now. Raises OSError.
 
         An empty file is none: the shim makes the file and then writes to it.
         """
@@ -689,44 +638,29 @@ class Run:
             return None, time.time()
         return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None, finished
 
-    def taken_out(self) -> bool:
-        """Return whether it is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
-        try:
-            os.lstat(self.path)
-        except OSError as error:
-            return isinstance(error, FileNotFoundError) and os.path.isdir(self.queue.running)
-        return False
+    def was_started(self) -> bool:
+        """Return whether it was, by what it wrote where its record has no pid: its poller died before it wrote that."""
+        sizes = [os.stat(self.out(kind)).st_size for kind in ('stdout', 'stderr') if os.path.exists(self.out(kind))]
+        return 'pid' in self.record or any(sizes) or os.path.lexists(self.out('exitcode'))
 
     # Its processes.
 
     def launch(self, command: Sequence[str], locks: Iterable[int], environment: dict[str, str]) -> None:
-        """Start `command` under a shim that inherits our descriptors `locks`.
-
-        Where that fails, raises OSError with the script back in to_run and no traces left.
-        """
-        files: list[int] = []
-        try:
-            for kind in ('stdout', 'stderr'):
-                files.append(os.open(self.out(kind), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666))
+        """Start `command` under a shim that inherits our files `locks`. Raises OSError where that fails."""
+        with open(self.out('stdout'), 'ab', 0) as stdout, open(self.out('stderr'), 'ab', 0) as stderr:
             self.process = subprocess.Popen(
                 ['/bin/sh', '-c', SHIM, 'fastgpu', self.out('exitcode'), *command], stdin=subprocess.DEVNULL,
-                stdout=files[0], stderr=files[1], start_new_session=True, pass_fds=(self.fd, *locks), env=environment)
-        except OSError:
-            self.unclaim()
-            raise
-        except BaseException:
-            self.close_record()  # a KeyboardInterrupt: whether something was started is for the next settle to say
-            raise
-        finally:
-            for fd in files:
-                os.close(fd)
-        self.is_new = True
+                stdout=stdout, stderr=stderr, start_new_session=True, pass_fds=(self.fd, *locks), env=environment)
         self.record['pid'] = self.process.pid
         with contextlib.suppress(OSError):  # a full disk: while we live, we know it
             self.save()
+        with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
+            self.pidfd = os.pidfd_open(self.process.pid)
 
     def unclaim(self) -> None:
         """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
+        if self.fd < 0:
+            return
         try:
             for kind in ('stdout', 'stderr'):
                 with contextlib.suppress(FileNotFoundError):
@@ -738,12 +672,16 @@ class Run:
         finally:
             self.close_record()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it is ours and its shim runs, or did when we looked last."""
+        return self.process is not None and self.process.returncode is None
+
     def shim(self) -> int | None:
         """Return the pid of its shim, which is the id of its session, or None if it is not alive."""
-        if self.process:
-            return self.process.pid if self.process.returncode is None else None
         pid = self.record.get('pid')
-        return pid if isinstance(pid, int) and runs_shim(pid, self.out('exitcode')) else None
+        alive = self.is_alive if self.process else runs_shim(pid, self.out('exitcode'))
+        return pid if alive and isinstance(pid, int) else None
 
     def signal(self, signum: int) -> bool:
         """Send a signal to its session, if its shim can be waited for, so that the session is still its own.
@@ -770,7 +708,7 @@ class Run:
         if self.kill_at is None:
             return
         ended = None
-        if self.process and self.process.returncode is None:
+        if self.process and self.is_alive:
             with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
                 ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if ended or time.monotonic() >= self.kill_at:
@@ -779,6 +717,46 @@ class Run:
                 time.sleep(0.001)
 
     # Its end.
+
+    def state(self) -> str:
+        """Return whether it RUNS or has ENDED here, runs ELSEWHERE, or is LOST, without a record. Raises OSError.
+
+        A run that is not ours has ended when nobody locks its record any more. Where a daemon that it left behind still
+        does, or where somebody replaced the record by a copy, its exit status and its shim tell.
+        """
+        if self.process:
+            return RUNS if self.is_alive else ENDED
+        try:
+            self.open_record()
+        except OSError:  # none, or a folder or a FIFO
+            return LOST
+        host = self.host()
+        if host and host != self.queue.host:
+            return ELSEWHERE
+        code, finished = self.exit_code()
+        if locked_byte(self.fd) is not None:
+            return ENDED if time.time() - finished > OVERDUE else RUNS
+        return RUNS if not host or (code is None and self.shim()) else ENDED
+
+    def advice(self, state: str) -> str:
+        """Return what there is to say of a run in a `state`, if it is not ours, to who waits for it. Raises OSError."""
+        name, requeue = shown(self.name), shown(f'mv {shlex.quote(self.path)} {shlex.quote(str(self.queue.to_run))}/')
+        if state == RUNS:
+            return f'waiting for {name}, which runs without this poller'
+        if state == LOST:
+            return f'{shown(self.path)} has no record in out; if nothing runs it: {requeue}'
+        code, host = self.exit_code()[0], shown(self.host())
+        if code is None:
+            return f'{name} runs on {host}; if that host is gone: {requeue}'
+        return f'{name} ended on {host} ({describe(code)}): start fastgpu_poll there'
+
+    def taken_out(self) -> bool:
+        """Return whether it is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
+        try:
+            os.lstat(self.path)
+        except OSError as error:
+            return isinstance(error, FileNotFoundError) and os.path.isdir(self.queue.running)
+        return False
 
     def seconds(self, since: float = 0) -> float:
         """Return how long it ran, counted from the time `since` at the earliest. To be asked when it is settled."""
@@ -792,7 +770,7 @@ class Run:
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = shown(self.name), self.record, self.queue
-        if self.status is None and 'pid' not in record and not self.was_started():  # its poller died before that
+        if self.status is None and not self.was_started():  # its poller died before that
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
         self.finished = finished
@@ -810,8 +788,8 @@ class Run:
         if not os.path.lexists(self.path):  # cancelled by a person, or filed by another poller
             if record.get('cancelled'):
                 return 'cancelled', f'cancelled {name} {how}'
-            return next((folder.name for folder in (queue.fail, queue.complete)
-                         if os.path.lexists(folder / self.name)), ''), ''
+            ours = (queue.fail, queue.complete) if self.status is not None else ()
+            return next((folder.name for folder in ours if os.path.lexists(folder / self.name)), ''), ''
         if code == 0:
             safe_rename(self.path, queue.complete)
             return 'complete', f'complete {name} {how}'
@@ -823,7 +801,7 @@ class Run:
         return 'fail', f'fail {name} {how}: {remark(reason, self.out("stderr"))}'
 
 
-# --- Pools: who may run what, and when ------------------------------------------------------------------------------
+# --- Pools: which resources there are, and who has them ---------------------------------------------------------------
 
 class ResourcePoolBase:
     """Runs the scripts of the queue in the folder `path`, each on one of the resources that `all_ids` names.
@@ -840,43 +818,27 @@ class ResourcePoolBase:
             fd = os.open(os.devnull, os.O_RDWR)
         os.close(fd)
         self.queue = Queue(path, only_look)
-        self.path, self.host = self.queue.path, self.queue.host
+        self.path = self.queue.path
         self.wrapper: list[str] = []  # words to put in front of each script's path
-        self.completed: list[str] = []  # the runs that were filed since `poll_scripts` was called last, by name
-        self.failed: list[str] = []
-        self.cancelled: list[str] = []
-        self.busy_seconds = 0.0  # of all resources together, since then
-        self._seconds = 0.0  # that these runs took
-        self._locks: dict[Hashable, list[int]] = {}  # the resources that we hold, and the descriptors that hold them
-        self._ask_at: dict[Hashable, float] = {}  # when to ask again whether a `distinct` resource is available
-        self._runs: dict[str, Run] = {}
-        self._elsewhere: dict[str, str] = {}  # what there is to say of those on other hosts, by their paths
-        self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
-        self._unfit: dict[Hashable, str] = {}  # why a script in to_run, as long as it is the same file, can never start
-        self._reasons: dict[Hashable, str] = {}  # why a resource is not free
-        self._said: dict[Hashable, str] = {}  # what was last logged about what, see `_say`
-        self._poller = select.poll()
-        self._many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
-        self._began = time.time()
-        self._look_at = self._start_at = 0.0  # when to look around, and to start scripts, again
-        self._scripts = Listing(self.queue.to_run)
-        self._collected_at = 0.0
-        self._signals: list[int] = []
-        self._stop_at: float | None = None
+        self.reasons: dict[Hashable, str] = {}  # why a resource was not free, or '', when we asked last
+        self.retry_at = 0.0  # when to ask again, since it costs something, for what nobody has and is not available
+        self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
+        self.poller = Poller(self)
+        self.completed, self.failed, self.cancelled = self.poller.ended.values()
 
-    # Resources: what the original's users know, and override.
+    # What a resource is: for a subclass to say.
 
     def all_ids(self) -> Iterable[Any]:
         """Return the resources, in order of preference."""
         raise NotImplementedError
 
     def is_available(self, ident: Any) -> bool:
-        """Return whether `ident` can take a script, as far as this pool can tell without its lock.
+        """Return whether `ident` can take a script.
 
-        A subclass adds its own test to `super().is_available(ident)`. Before a script starts it is asked with the lock
-        of `ident` already taken, so what it finds cannot be changed by another poller.
+        A subclass adds its own test to `super().is_available(ident)`. Before a script starts it is asked while nobody
+        else can ask, so what it finds cannot be changed by another poller.
         """
-        return ident not in self._locks
+        return ident not in self._locks and self._is_unlocked(ident)
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return the variables that a script on `ids` (mostly one) gets in addition to those of the poller."""
@@ -886,192 +848,115 @@ class ResourcePoolBase:
         """Return how many resources `script` needs at once."""
         return 1
 
-    def distinct(self, ident: Any) -> Any:
-        """Return what a script that needs several resources cannot have two of: `ident` itself."""
-        return ident
-
     def lock_path(self, ident: Any) -> Path:
-        """Return the lock file of `ident`: here in the queue, and one per host, since flock is."""
-        return self.path / f'.{self.host}-{ident}.lock'.replace('/', '_')
+        """Return the lock file of `ident`: here in the queue, and one per host, since the locks are."""
+        return self.path / f'.{self.queue.host}-{ident}.lock'.replace('/', '_')
+
+    def place(self, ident: Any) -> tuple[int, int]:
+        """Return what `ident` is of its lock file: all of it, or one place of many."""
+        return ALL
+
+    # Who has it.
 
     def lock(self, ident: Any) -> bool:
-        """Take the lock of `ident`; return whether we got it. It is ours until `unlock`, or until we end.
-
-        It does not say why we did not; only the log of `poll_scripts` does.
-        """
-        return ident not in self._locks and self._try(ident, keep=True)
+        """Take the lock of `ident`; return whether we got it. It is ours until `unlock`, or until we end."""
+        return ident not in self._locks and self._take(ident)
 
     def unlock(self, *ids: Any) -> None:
-        """Give the locks of `ids` back, also if a daemon that a script left behind still holds copies of them."""
-        for ident in ids:
-            give_back(self._locks.pop(ident, []))
+        """Give the locks of `ids` back, also if a daemon that a script left behind still has their files open."""
+        for fd in self._forget(ids):
+            lock_bytes(fd, (0, 0), fcntl.F_UNLCK)
+            os.close(fd)
 
-    def _drop(self, *ids: Any) -> None:
-        """Close our descriptors of these locks: whoever inherited them, if anybody did, still holds them."""
+    def drop(self, *ids: Any) -> None:
+        """Close our files of the locks of `ids`: whoever inherited them, if anybody did, still holds them."""
+        for fd in self._forget(ids):
+            os.close(fd)
+
+    def held(self, *ids: Any) -> list[int]:
+        """Return the files that hold `ids`, for a script to inherit. Raises FastgpuError if one cannot be locked."""
         for ident in ids:
-            for fd in self._locks.pop(ident, []):
-                os.close(fd)
+            if ident not in self._locks and not self.lock(ident):
+                raise FastgpuError(f'{self.kind} {ident} {self.reasons.get(ident) or "busy"}')
+        return [self._locks[ident] for ident in ids]
 
     def find_next(self) -> Any:
-        """Return the first resource that is available and locked by nobody, or None."""
-        return next((i for i in self.all_ids() if i not in self._locks and self._try(i, self.is_available)), None)
+        """Return the first resource that is available, or None."""
+        return next((ident for ident in self.all_ids() if self.is_available(ident)), None)
 
     def lock_next(self) -> Any:
         """Lock the first resource that is available; return it, or None where there is none."""
-        self._ask_at.clear()
-        return next(iter(self._lock_some(1)), None)
+        return next(iter(self.lock_some(1)), None)
 
-    def _lock_some(self, number: int) -> list[Any]:
-        """Lock that many of the resources that are worth asking for; all of them or none."""
+    def lock_some(self, number: int) -> list[Any]:
+        """Lock so many of the resources that are available, on as many lock files; all of them or none."""
         ids: list[Any] = []
-        left = self._worth_asking()
+        left = [ident for ident in self.all_ids() if ident not in self._locks]
         try:
-            for ident in list(left):
-                # Stop as soon as it cannot be done: two pollers that each hold a part would wait for each other.
-                if len(set(map(self.distinct, left))) < number:
-                    break
-                if self.distinct(ident) in map(self.distinct, ids):
-                    continue
-                if self._try(ident, self.is_available, keep=True):
+            # Stop as soon as it cannot be done: two pollers that each hold a part would wait for each other.
+            while len(ids) < number <= len(ids) + len(left):
+                ident = left.pop(0)
+                if self._take(ident, self.is_available):
                     ids.append(ident)
-                else:
-                    left.remove(ident)
-                if len(ids) == number:
-                    return ids
+                    if number > 1:
+                        left = [other for other in left if self.lock_path(other) != self.lock_path(ident)]
         finally:
             if len(ids) < number:
                 self.unlock(*ids)
-                for ident in ids:  # for a time of our own, so that those who met do not meet again
-                    self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
-        return []
-
-    def _worth_asking(self) -> list[Any]:
-        """Return the resources that are not ours, and were not found to be taken less than a second ago."""
-        now = time.monotonic()
-        return [ident for ident in self.all_ids() if ident not in self._locks
-                and now >= self._ask_at.get(self.distinct(ident), 0)]
-
-    def _take(self, ident: Any) -> list[int] | None:
-        """Return descriptors that hold `ident`, or None where somebody else does. Raises OSError."""
-        fd = take_lock(self.lock_path(ident))
-        if fd is None:
-            self._blame(ident, self.lock_path(ident))
-            return None
-        write_note(fd)  # what it says of whoever had it before is no longer so
-        return [fd]
-
-    def _blame(self, ident: Any, path: Path) -> None:
-        """Note who holds the lock file `path`. One who wrote nothing there is only asking, as we are."""
-        note = read_note(path)
-        if note or ident not in self._reasons:
-            self._reasons[ident] = f'busy: {note or "locked, " + shown(path)}'
-
-    def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
-        """Return whether `ident` could be locked and then passed `test`; `keep` the lock if so."""
-        try:
-            fds = self._take(ident)
-        except OSError as error:
-            self._reasons[ident] = f'unusable: {explain(error)}'
-            return False
-        if fds is None:
-            return False
-        self._reasons.pop(ident, None)
-        good = False
-        try:
-            good = test is None or bool(test(ident))
-        finally:
-            if good and keep:
-                self._locks[ident] = fds
-            else:
-                give_back(fds)
-        if not good:
-            self._ask_at[self.distinct(ident)] = time.monotonic() + LOOK_AROUND
-        return good
+        return ids if len(ids) == number else []
 
     def look(self, ident: Any) -> dict[str, Any]:
         """Return the `state` of a resource, free, busy or unusable, and the `reason` where it is not free."""
-        path = self.lock_path(ident)
-        self._reasons.pop(ident, None)
-        try:
-            if is_held(path):
-                since = f' for {duration(time.time() - os.stat(path).st_mtime)}'
-                return {'state': 'busy', 'reason': (read_note(path) or 'locked') + since}
-        except OSError as error:
-            return {'state': 'unusable', 'reason': explain(error)}
         if self.is_available(ident):
             return {'state': 'free', 'reason': None}
-        state, _, reason = str(self._reasons.get(ident) or 'busy').partition(': ')
+        state, _, reason = (self.reasons.get(ident) or 'busy').partition(': ')
+        if reason.startswith('runs '):
+            reason += f' for {duration(time.time() - os.stat(self.lock_path(ident)).st_mtime)}'
         return {'state': state, 'reason': reason}
 
-    # The life of a script, in order: claim, launch, settle.
+    def _is_unlocked(self, ident: Any) -> bool:
+        """Return whether nobody has `ident`, and note who does."""
+        self.reasons[ident] = why_locked(self.lock_path(ident), self.place(ident))
+        return not self.reasons[ident]
 
-    def run(self, script: StrPath, *ids: Any, refusal: str = '') -> bool:
+    def _take(self, ident: Any, test: Callable[[Any], bool] | None = None) -> bool:
+        """Lock `ident` if nobody has it and it passes the `test`; one poller at a time may ask that."""
+        path, place = self.lock_path(ident), self.place(ident)
+        fd = -1
+        try:
+            if not self._is_unlocked(ident):
+                return False
+            fd = open_lock(path)
+            if not lock_file(fd, path, ASKING):
+                return False
+            if test and not test(ident):
+                self.retry_at = time.monotonic() + LOOK_AROUND
+            elif lock_bytes(fd, place):
+                write_note(fd, place)  # what it says of whoever had it before is no longer so
+                lock_bytes(fd, ASKING, fcntl.F_UNLCK)
+                self._locks[ident] = fd
+            return ident in self._locks
+        except OSError as error:
+            self.reasons[ident] = f'unusable: {explain(error)}'
+            return False
+        finally:
+            if fd >= 0 and self._locks.get(ident) != fd:
+                os.close(fd)
+
+    def _forget(self, ids: Iterable[Any]) -> list[int]:
+        """Return the files that hold those of `ids` that we hold, which we no longer do as far as we know."""
+        return [self._locks.pop(ident) for ident in ids if ident in self._locks]
+
+    # Running scripts on them.
+
+    def run(self, script: StrPath, *ids: Any) -> bool:
         """Move `script` from to_run to running and start it on `ids` (mostly one), which are locked if they were not.
 
         Returns at once: whether it started, or was no longer there. `poll_scripts` files it when it has ended.
         Raises FastgpuError where the script can never run, OSError where the machine cannot start it now; it is in
-        to_run then. With a `refusal` a shell that prints that and fails runs in its place.
+        to_run then.
         """
-        taken = [ident for ident in ids for run in self._runs.values() if ident in run.ids]
-        if taken:
-            raise FastgpuError(f'{self._where(taken)} is in use')
-        run = None
-        try:
-            for ident in ids:
-                if ident not in self._locks and not self.lock(ident):
-                    raise FastgpuError(f'{self.kind} {ident} {self._reasons.get(ident, "busy")}')
-            environment = {'PYTHONUNBUFFERED': '1', **os.environ, **self.environment(*ids)}
-            run = self.queue.claim(os.path.basename(script), self.kind, ids)
-            if not run:
-                return False
-            refuse = ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', refusal]
-            run.launch(refuse if refusal else [*self.wrapper, run.path],
-                       [fd for ident in ids for fd in self._locks[ident]], environment)
-        finally:
-            if not (run and run.process):
-                self._drop(*ids)
-        self._runs[run.name] = run
-        for ident in ids:
-            write_note(self._locks[ident][0],
-                       f'runs {run.name} of user {os.getuid()} (pid {run.record["pid"]}, {self.path})')
-        with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
-            run.pidfd = os.pidfd_open(run.record['pid'])
-            self._poller.register(run.pidfd, select.POLLIN)
-        return True
-
-    def _settle(self, run: Run) -> bool:
-        """File a run that has ended; return whether that is done. Where it is not, it is to be called again."""
-        try:
-            code, finished = run.exit_code()
-            # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier
-            # than to us: what it ended goes back to to_run.
-            if (code or run.status) and not run.record.keys() & {'cancelled', 'finished'}:
-                age = time.time() - finished
-                if self._stopping() and age < 1:
-                    run.record['stopped'] = True
-                elif code == 128 + signal.SIGTERM and not self._signals and 0 <= age < 0.5:
-                    return False  # too early to tell
-            folder, text = run.settle(code, finished)
-        except OSError as error:
-            self._say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
-            with contextlib.suppress(OSError):
-                setup_dirs(self.path)  # one of them may be gone
-            return False
-        run.close_record()
-        if text:
-            log(f'{self._where(run.record.get("ids", "?"))}: {text}', alarm=folder == 'fail')
-        ended = {'complete': self.completed, 'fail': self.failed, 'cancelled': self.cancelled}.get(folder)
-        if ended is not None:
-            ended.append(run.name)
-            self._seconds += run.seconds()
-        self.busy_seconds += run.seconds(self._began) * len(run.record.get('ids', [0]))
-        return True
-
-    def _where(self, ids: Iterable[Any]) -> str:
-        """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
-        return shown(f'{self.host} ' * self._many_hosts + f'{self.kind} {",".join(map(str, ids)) or "-"}')
-
-    # Polling.
+        return self.poller.run(script, ids)
 
     def poll_scripts(self, poll_interval: float = 0.1, exit_when_empty: bool = True) -> int:
         """Run the scripts of to_run, each on a resource of its own, and file them when they have ended.
@@ -1083,52 +968,7 @@ class ResourcePoolBase:
         Returns 0 if all ended well, 1 if a script failed or was left in to_run, 128+N if it was stopped by signal N.
         Raises OSError where the queue cannot be read.
         """
-        self._began, self.busy_seconds, self._seconds = time.time(), 0.0, 0.0
-        for ended in (self.completed, self.failed, self.cancelled):
-            ended.clear()
-        self.queue.remove_strays()
-        alive = self.queue.announce()
-        try:
-            self._poll(poll_interval, exit_when_empty)
-        finally:
-            log.bottom('')
-            if alive is not None:
-                os.close(alive)
-        return self._sum_up(time.time() - self._began)
-
-    def _poll(self, poll_interval: float, exit_when_empty: bool) -> None:
-        """Do what `poll_scripts` says."""
-        while True:
-            released = self._release()
-            looked = time.monotonic() >= self._look_at
-            if looked:
-                self._collect(others=True)
-                self._look_at = time.monotonic() + LOOK_AROUND
-            idle = looked and not self._runs
-            if idle:
-                self._scripts = Listing(self.queue.to_run)  # a script that came just now is not to be overlooked
-            # The next scripts start before those that have ended are filed, so that no resource waits for that.
-            left = self._start(hurry=released)
-            self._collect()
-            if released and time.monotonic() > self._scripts.listed + LOOK_AROUND / 3:
-                self._scripts.update()  # nothing waits for that now
-            if not left and not self._runs:
-                for path, text in self._elsewhere.items():
-                    self._say(path, text)
-            if self._signals:
-                if self._stop():
-                    return
-            elif not left and exit_when_empty:
-                if not self._runs:
-                    if idle:
-                        return
-                    self._look_at = 0.0  # leave only after a look around, which may requeue something
-                    continue
-                if looked and not any(run.process for run in self._runs.values()):
-                    for name in self._runs:
-                        self._say(f'/wait/{name}', f'waiting for {shown(name)}, which runs without this poller')
-            log.bottom(self._progress())
-            self._poller.poll(poll_interval * 1000)
+        return self.poller.poll_scripts(poll_interval, exit_when_empty)
 
     def interrupt(self, signum: int) -> None:
         """Stop `poll_scripts`; made to be called by a signal handler.
@@ -1136,257 +976,7 @@ class ResourcePoolBase:
         SIGINT once: start nothing more, wait for what runs. A second time, or any other signal: TERM to the session of
         each script, KILL after 10 s; what does not end well goes back to to_run.
         """
-        self._signals.append(signum)
-
-    def _start(self, hurry: bool) -> bool:
-        """Start what can be started; return whether something is left that waits for a resource or for a moment.
-
-        In a `hurry`, because a resource just became free, to_run is listed only if nothing is left of the last list.
-        """
-        while self._start_at <= time.monotonic() < self._look_at and not self._signals:
-            name = self._next_script(hurry)
-            if name is None:
-                return self._scripts.waiting
-            try:
-                if not self._start_one(name):
-                    return True
-                self._scripts.names.pop()
-                self._said.pop(name, None)
-            except FastgpuError as error:
-                self._unfit[name, file_mark(self.queue.to_run / name)] = str(error)
-            except OSError as error:
-                self._say('/start', f'cannot start {shown(name)} now: {explain(error)}; trying again')
-                self._start_at = time.monotonic() + LOOK_AROUND
-        return not self._signals
-
-    def _next_script(self, hurry: bool) -> str | None:
-        """Return the name of the first script in to_run that can start, None where there is none."""
-        if not (hurry and self._scripts.names):
-            self._scripts.update()
-        while self._scripts.names:
-            name = self._scripts.names[-1]
-            reason = condition(f'{self.queue.to_run}/{name}') or self._why_unfit(name)
-            # A person who moves a running script back to to_run ends that run, and it starts anew when that has ended.
-            ending = any(name in (run.name, run.record.get('script')) and (run.kill_at or run.taken_out())
-                         for run in self._runs.values())
-            if not reason and not ending:
-                return name
-            self._scripts.names.pop()
-            self._scripts.again |= reason != 'ignored'
-            if not reason or reason == 'just written':
-                self._scripts.waiting = True
-            elif reason != 'ignored':
-                path = shown(near(self.queue.to_run / name))
-                self._say(name, f'{path} waits for its chmod +x' if reason == 'not executable' else
-                          f'{path} cannot run: {reason}')
-        return None
-
-    def _start_one(self, name: str) -> bool:
-        """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
-        if not self._worth_asking():
-            return False
-        number = self.demand(self.queue.to_run / name)
-        most = len(set(map(self.distinct, self.all_ids())))
-        if number > most:
-            reason = f'{shown(name)} asks for {number} {self.kind}s, and there {"are" if most != 1 else "is"} {most}'
-            self._say(name, reason)
-            self.run(name, refusal=reason)
-            return True
-        ids = self._lock_some(number)
-        if self._signals:  # a driver can take seconds for its answers
-            self.unlock(*ids)
-            return False
-        for ident in self.all_ids():
-            reason = '' if ident in self._locks else self._reasons.get(ident, '')
-            if not reason:
-                self._said.pop((self.kind, ident), None)
-            elif not ids:
-                self._say((self.kind, ident), f'{self._where([ident])} {reason}')
-        if ids:
-            self.run(name, *ids)
-        elif number > 1:
-            self._say(name, f'{shown(name)} waits for {number} {self.kind}s at once, and all behind it wait too')
-        return bool(ids)
-
-    def _why_unfit(self, name: str) -> str:
-        """Return why the script `name` of to_run can never start, '' where nothing is known or the file is another."""
-        return self._unfit.get((name, file_mark(self.queue.to_run / name)), '')
-
-    def _release(self) -> bool:
-        """Give back what those scripts of ours held that have ended; return whether that was anything."""
-        released = False
-        for run in self._runs.values():
-            if not run.process or run.process.returncode is not None:
-                continue
-            run.kill()
-            code = run.process.poll()
-            if code is None:
-                continue
-            if run.pidfd is not None:
-                self._poller.unregister(run.pidfd)
-                os.close(run.pidfd)
-            if code < 0:
-                self._drop(*run.ids)  # its script may have survived its shim: when the lock ends is for the kernel
-            self.unlock(*run.ids)
-            run.ids = ()  # from here on they may be another run's
-            self._ask_at.clear()  # perhaps that is all that the next script needs
-            released = True
-        return released
-
-    def _collect(self, others: bool = False) -> None:
-        """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
-        self._collected_at = time.monotonic()
-        if others:
-            self._elsewhere.clear()
-            for name in names_in(self.queue.running):
-                self._runs.setdefault(name, Run(self.queue, name))
-        for run in list(self._runs.values()):
-            if run.is_new:
-                run.is_new = False
-                log(f'{self._where(run.record["ids"])}: start {shown(run.name)}')
-            if not run.process and not others:
-                continue
-            try:
-                done = self._collect_ours(run, run.process) if run.process else self._collect_other(run)
-            except OSError as error:
-                self._say(run.path, f'cannot tell how {shown(run.name)} is: {explain(error)}')
-                done = not run.process
-            if done:
-                del self._runs[run.name]
-            elif run.kill_at is None and run.taken_out() and run.shim() and run.exit_code()[0] is None:
-                log(f'{self._where(run.record.get("ids", "?"))}: cancel {shown(run.name)}, taken out of running')
-                run.terminate('cancelled')
-
-    def _keep_up(self) -> None:
-        """File the runs that have ended, if it took long since we looked: a driver can take seconds for an answer."""
-        if time.monotonic() > self._collected_at + 0.1:
-            self._release()
-            self._collect()
-
-    def _collect_ours(self, run: Run, process: subprocess.Popen[bytes]) -> bool:
-        """Settle a run that we started, if its shim has ended; return whether it is filed."""
-        code = process.returncode
-        if code is None:
-            return False
-        if code < 0:
-            # Killed before it could write: it is a run that we found. A script that kills its own group each time
-            # would go round for ever: the second time counts as its end.
-            run.close_record()
-            script = run.record['script']
-            self._cuts[script] = self._cuts.get(script, 0) + (run.kill_at is None)
-            run.status = 128 - code if self._cuts[script] > 1 else None
-            run.process = None
-            return self._collect_other(run)
-        if code == NOT_STARTED and last_line(run.out('stderr')) == NO_PROCESS:
-            self._say('/start', f'cannot start {shown(run.name)} now: no process to be had for it; trying again')
-            self._start_at = time.monotonic() + LOOK_AROUND
-            run.unclaim()
-            return True
-        run.status = code
-        self._cuts.pop(run.record['script'], None)
-        return self._settle(run)
-
-    def _collect_other(self, run: Run) -> bool:
-        """Settle a run that we found, if it has ended; return whether there is nothing more to do for us."""
-        requeue = shown(f'mv {shlex.quote(run.path)} {shlex.quote(str(self.queue.to_run))}/')
-        run.kill()
-        try:
-            run.open_record()
-        except FileNotFoundError:
-            if os.path.lexists(run.path):
-                self._say(run.path, f'{shown(run.path)} has no record in out; if nothing runs it: {requeue}')
-            return True
-        try:
-            code, finished = run.exit_code()
-            host = run.host()
-            if host != self.host:
-                if host:
-                    self._many_hosts = True
-                    self._elsewhere[run.path] = (
-                        f'{shown(run.name)} runs on {shown(host)}; if that host is gone: {requeue}' if code is None else
-                        f'{shown(run.name)} ended on {shown(host)} ({describe(code)}): start fastgpu_poll there')
-                return True
-            overdue = code is not None and time.time() - finished > OVERDUE
-            # A record that somebody edited can be a new file, which nobody locks: look for the shim too.
-            if not overdue and not (lock_fd(run.fd, run.out('json')) and (code is not None or not run.shim())):
-                return False
-            filed = not os.path.lexists(run.path) and not run.record.get('cancelled')  # by another poller
-            return filed or self._settle(run)
-        finally:
-            run.close_record()
-
-    def _stopping(self) -> bool:
-        """Return whether scripts are to be stopped, not only no more to be started."""
-        return bool(self._signals) and self._signals != [signal.SIGINT]
-
-    def _stop(self) -> bool:
-        """Do what the signals so far ask for; return whether it is done."""
-        # Ours that run; one that has ended and cannot be filed now is for the next poller.
-        alive = [run for run in self._runs.values() if run.process and run.process.returncode is None]
-        if not self._stopping():
-            if alive and '/stop' not in self._said:
-                self._say('/stop', f'interrupted: waiting for {count(len(alive), "script")}; Ctrl-C again stops them')
-            return not alive
-        if self._stop_at is None:
-            self._stop_at = time.monotonic()
-            self._look_at = 0.0  # at the scripts of others, which may have got TERM too
-            if alive:
-                log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
-        for run in alive:
-            if run.kill_at is None and run.exit_code()[0] is None:
-                run.terminate('stopped')
-        killed = [run for run in self._runs.values() if not run.process and run.kill_at is not None]
-        looked = self._look_at > 0
-        if killed:
-            self._look_at = 0.0
-        return (looked and not (alive or killed)) or time.monotonic() > self._stop_at + 2 * GRACE
-
-    def _say(self, about: Hashable, text: str) -> None:
-        """Log `text` unless it is what was last said about this, but for amounts of memory, which always change.
-
-        `about` is a resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
-        """
-        gist = re.sub(r'[0-9.]+ [MG]iB', '', text)
-        if self._said.get(about) != gist:
-            self._said[about] = gist
-            log(text)
-
-    def _sum_up(self, seconds: float) -> int:
-        """Log what was done and what was left; return the exit status."""
-        left = scripts_in(self.queue.to_run)
-        if not self._signals:
-            for name, reason in left.items():
-                log(f'left in to_run: {shown(name)} ({reason or self._why_unfit(name) or "new"})')
-        done = len(self.completed) + len(self.failed) + len(self.cancelled)
-        if done or left:
-            log(f'{shown(self.host)}: ' * self._many_hosts + f'{count(done, "script")} in {duration(seconds)}: '
-                f'{len(self.completed)} complete, {len(self.failed)} fail'
-                + f', {len(self.cancelled)} cancelled' * bool(self.cancelled)
-                + f', {len(left)} left in to_run' * bool(left))
-        else:
-            log(f'nothing to run in {shown(self.queue.to_run)}')
-        if done:
-            share = min(1.0, self.busy_seconds / max(0.001, seconds) / len(list(self.all_ids())))
-            log(f'{duration(self.busy_seconds)} of {self.kind} time used, {self.kind}s busy {share:.0%} of the time')
-        if self.failed:
-            log('failed: ' + shown(shlex.join(self.failed[:10])) + f' and {len(self.failed) - 10} more'
-                * (len(self.failed) > 10), alarm=True)
-        if self._signals:
-            return 128 + self._signals[-1]
-        return 1 if self.failed or left else 0
-
-    def _progress(self) -> str:
-        """Return in one line how far this poller is."""
-        done, running = len(self.completed) + len(self.failed) + len(self.cancelled), len(self._runs)
-        waiting = 0 if self._signals else len(self._scripts.names)
-        if not (running or waiting):
-            return f'{done} done ({len(self.failed)} failed), waiting for scripts'
-        text = f'{done}/{done + running + waiting} done ({len(self.failed)} failed), {running} running'
-        if done and running:
-            now = time.time()
-            seconds = self._seconds + sum(now - run.record.get('started', now) for run in self._runs.values())
-            text += f', about {duration(time_left(seconds / (done + running), waiting, running))} left'
-        return text
+        self.poller.signals.append(signum)
 
 
 class FixedWorkerPool(ResourcePoolBase):
@@ -1401,6 +991,406 @@ class FixedWorkerPool(ResourcePoolBase):
     def all_ids(self) -> list[Any]:
         """Return the slots."""
         return self.worker_ids
+
+
+# --- Poller: the loop, from to_run to complete and fail ---------------------------------------------------------------
+
+class Poller:
+    """Runs the scripts of a queue on the resources of a pool, and files those of others that have ended."""
+
+    def __init__(self, pool: ResourcePoolBase) -> None:
+        self.pool, self.queue = pool, pool.queue
+        self.runs: dict[str, Run] = {}  # what runs or is to be filed, by name
+        self.ended: dict[str, list[str]] = {'complete': [], 'fail': [], 'cancelled': []}  # since `began`
+        self.signals: list[int] = []
+        self.said: dict[Hashable, str] = {}  # what was last logged about what, see `say`
+        self.unfit: dict[Hashable, str] = {}  # why a script in to_run, as long as it is the same file, can never start
+        self.cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
+        self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
+        self.names: list[str] = []  # what is left of the last list of to_run, backwards
+        self.passed: dict[str, str] = {}  # what of that list was passed over, and why
+        self.list_at = 0.0  # when the next one is due at the earliest
+        self.changed = 0  # the time stamp of to_run when it was made
+        self.look_at = self.start_at = self.ask_at = 0.0  # when to look around, start scripts, ask for resources again
+        self.filed_at = 0.0
+        self.stop_at: float | None = None
+        self.began = time.time()
+        self.busy_seconds = 0.0  # of all resources together, since then
+        self.seconds = 0.0  # that the runs took that have ended since then
+
+    def poll_scripts(self, poll_interval: float, exit_when_empty: bool) -> int:
+        """Do what `ResourcePoolBase.poll_scripts` says."""
+        self.began, self.busy_seconds, self.seconds = time.time(), 0.0, 0.0
+        for names in self.ended.values():
+            names.clear()
+        self.changed, self.list_at, self.look_at = 0, 0.0, 0.0
+        alive = -1
+        try:
+            self.list_scripts()
+            with contextlib.suppress(OSError):
+                alive = open_lock(self.queue.alive)
+                lock_bytes(alive, ALL, fcntl.F_RDLCK)
+            while not self.turn(exit_when_empty):
+                log.bottom(self.progress())
+                self.sleep(poll_interval)
+        finally:
+            log.bottom('')
+            if alive >= 0:
+                os.close(alive)
+        return self.sum_up(time.time() - self.began)
+
+    def turn(self, exit_when_empty: bool) -> bool:
+        """Look once at all there is, and do what is to be done; return whether that was all."""
+        freed = self.release()
+        idle = self.is_idle()
+        looked = time.monotonic() >= self.look_at
+        if looked:
+            self.look_around()
+        # The next scripts start before those that have ended are filed, so that no resource waits for that.
+        self.start(hurry=freed)
+        self.file()
+        if self.signals:
+            return self.stop()
+        if self.runs or self.has_waiting() or not exit_when_empty:
+            return False
+        if not (idle and looked):
+            self.look_at = 0.0  # end only after one more look around, which may requeue something
+        return idle and looked
+
+    def sleep(self, seconds: float) -> None:
+        """Wait until a script of ours ends, but no longer than so many seconds."""
+        waiter = select.poll()
+        for run in self.runs.values():
+            if run.is_alive and run.pidfd >= 0:
+                waiter.register(run.pidfd, select.POLLIN)
+        waiter.poll(seconds * 1000 if self.look_at else 0)
+
+    # What waits in to_run.
+
+    def list_scripts(self) -> None:
+        """List to_run if that is due. Raises OSError.
+
+        To list a long queue takes longer than to start a script of it. So a list serves for six times as long as it
+        took to make, and to the next look around while the folder seems unchanged: its time stamp is too coarse to
+        tell each change.
+        """
+        began = time.monotonic()
+        if began < self.list_at:
+            return
+        changed = os.stat(self.queue.to_run).st_mtime_ns
+        if changed == self.changed and not self.passed:
+            return
+        self.names = names_in(self.queue.to_run)[::-1]
+        self.passed.clear()
+        self.changed = changed
+        self.list_at = began + 7 * (time.monotonic() - began)
+
+    def has_waiting(self) -> bool:
+        """Return whether something in to_run waits for a resource, or only for a moment."""
+        return bool(self.names) or FRESH in self.passed.values() or ENDING in self.passed.values()
+
+    def start(self, hurry: bool) -> None:
+        """Start what can be started.
+
+        In a `hurry`, because a resource just became free, to_run is listed only if nothing is left of the last list.
+        """
+        while self.start_at <= time.monotonic() < self.look_at and not self.signals:
+            if not (hurry and self.names):
+                self.list_scripts()
+            name = self.next_script()
+            if name is None:
+                return
+            try:
+                if not self.start_one(name):
+                    return
+                self.names.pop()
+                self.said.pop(name, None)
+            except FastgpuError as error:
+                self.unfit[name, file_mark(self.queue.to_run / name)] = str(error)
+            except OSError as error:
+                self.cannot_start(name, explain(error))
+
+    def next_script(self) -> str | None:
+        """Return the name of the first script in to_run that can start; pass those over that cannot, and say why."""
+        while self.names:
+            name = self.names[-1]
+            reason = condition(f'{self.queue.to_run}/{name}') or self.why_unfit(name)
+            # A person who moves a running script back to to_run ends that run, and it starts anew when that has ended.
+            if not reason and any(name in (run.name, run.script) and (run.kill_at or run.taken_out())
+                                  for run in self.runs.values()):
+                reason = ENDING
+            if not reason:
+                return name
+            self.names.pop()
+            if reason == IGNORED:
+                continue
+            self.passed[name] = reason
+            path = shown(near(self.queue.to_run / name))
+            if reason == NOT_EXECUTABLE:
+                self.say(name, f'{path} waits for its chmod +x')
+            elif reason not in (FRESH, ENDING):
+                self.say(name, f'{path} cannot run: {reason}')
+        return None
+
+    def why_unfit(self, name: str) -> str:
+        """Return why the script `name` of to_run can never start, '' where nothing is known or the file is another."""
+        return self.unfit.get((name, file_mark(self.queue.to_run / name)), '') if self.unfit else ''
+
+    def start_one(self, name: str) -> bool:
+        """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
+        pool = self.pool
+        if time.monotonic() < self.ask_at:
+            return False
+        number = pool.demand(self.queue.to_run / name)
+        most = len(set(map(pool.lock_path, pool.all_ids()))) if number > 1 else 1
+        if number > most:
+            reason = f'{shown(name)} asks for {number} {pool.kind}s, and there {"are" if most != 1 else "is"} {most}'
+            self.say(name, reason)
+            self.run(name, (), refusal=reason)
+            return True
+        ids = pool.lock_some(number)
+        if self.signals:  # a driver can take seconds for its answers
+            pool.unlock(*ids)
+            return False
+        for ident in pool.all_ids():
+            if not pool.reasons.get(ident):
+                self.said.pop((pool.kind, ident), None)
+            elif not ids:
+                self.say((pool.kind, ident), f'{self.where([ident])} {pool.reasons[ident]}')
+        if ids:
+            self.run(name, ids)
+            return True
+        self.ask_at = pool.retry_at
+        if number > 1:
+            self.say(name, f'{shown(name)} waits for {number} {pool.kind}s at once, and all behind it wait too')
+            # For a time of our own, so that pollers that each got a part of what they want do not meet again.
+            self.ask_at = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
+        return False
+
+    def cannot_start(self, name: str, reason: str) -> None:
+        """Say that a script cannot be started now, and start none for a while."""
+        self.say('/start', f'cannot start {shown(name)} now: {reason}; trying again')
+        self.start_at = time.monotonic() + LOOK_AROUND
+
+    # The life of a script: it is claimed and launched, what it held is released, and it is filed.
+
+    def run(self, script: StrPath, ids: Sequence[Any], refusal: str = '') -> bool:
+        """Do what `ResourcePoolBase.run` says; with a `refusal` a shell that prints that and fails in its place."""
+        pool = self.pool
+        taken = [ident for ident in ids for run in self.runs.values() if ident in run.held]
+        if taken:
+            raise FastgpuError(f'{self.where(taken)} is in use')
+        run = None
+        try:
+            locks = pool.held(*ids)
+            environment = {'PYTHONUNBUFFERED': '1', **os.environ, **pool.environment(*ids)}
+            run = self.queue.claim(os.path.basename(script), pool.kind, ids)
+            if not run:
+                return False
+            self.runs[run.name] = run  # even if a KeyboardInterrupt comes now, it is seen to
+            refuse = ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', refusal]
+            run.launch(refuse if refusal else [*pool.wrapper, run.path], locks, environment)
+        except OSError:
+            if run:
+                del self.runs[run.name]
+                run.unclaim()
+            raise
+        finally:
+            if not (run and run.process):
+                pool.drop(*ids)
+        run.held, run.is_new = ids, True
+        for ident, fd in zip(ids, locks):
+            write_note(fd, pool.place(ident),
+                       f'runs {run.name} of user {os.getuid()} (pid {run.record["pid"]}, {self.queue.path})')
+        return True
+
+    def release(self) -> bool:
+        """Give back what those scripts of ours held that have ended; return whether that was anything."""
+        freed = False
+        for run in self.runs.values():
+            run.kill()
+            if not (run.process and run.is_alive) or run.process.poll() is None:
+                continue
+            code = run.process.returncode
+            if run.pidfd >= 0:
+                os.close(run.pidfd)
+            if code >= 0:
+                self.pool.unlock(*run.held)
+                self.cuts.pop(run.script, None)
+                run.status = code
+            else:
+                # Its shim was killed before it could write. Its script may live: when its locks end is for the kernel,
+                # and from here on it is a run that we found. One that kills its own group each time would go round
+                # for ever: the second time counts as its end.
+                self.pool.drop(*run.held)
+                run.close_record()
+                run.process = None
+                self.cuts[run.script] = self.cuts.get(run.script, 0) + (run.kill_at is None)
+                run.status = 128 - code if self.cuts[run.script] > 1 else None
+            run.held = ()  # from here on they may be another run's
+            self.ask_at = 0.0  # perhaps that is all that the next script needs
+            freed = True
+        return freed
+
+    def look_around(self) -> None:
+        """See to all runs in running/, whoever started them, and list to_run even if it seems unchanged."""
+        for name in names_in(self.queue.running):
+            self.runs.setdefault(name, Run(self.queue, name))
+        self.file(others=True)
+        self.changed = 0
+        if not self.runs:
+            self.list_at = 0.0  # before the end, a script that came just now is not to be overlooked
+        self.list_scripts()
+        self.look_at = time.monotonic() + LOOK_AROUND
+
+    def file(self, others: bool = False) -> None:
+        """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
+        self.filed_at = time.monotonic()
+        for run in list(self.runs.values()):
+            if not run.process and not others:
+                continue
+            if run.is_new:
+                run.is_new = False
+                log(f'{self.where(run.ids)}: start {shown(run.name)}')
+            try:
+                done = self.see_to(run)
+            except OSError as error:
+                self.say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
+                with contextlib.suppress(OSError):
+                    setup_dirs(self.queue.path)  # one of them may be gone
+                continue
+            if done:
+                run.close_record()
+                del self.runs[run.name]
+
+    def keep_up(self) -> None:
+        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer."""
+        if time.monotonic() > self.filed_at + 0.1:
+            self.release()
+            self.file()
+
+    def see_to(self, run: Run) -> bool:
+        """Do for a run what its state asks for; return whether there is nothing more to do. Raises OSError."""
+        state = run.state()
+        if state == ENDED:
+            return self.settle(run)
+        if state == RUNS and not run.kill_at and run.taken_out() and run.shim() and run.exit_code()[0] is None:
+            log(f'{self.where(run.ids)}: cancel {shown(run.name)}, taken out of running')
+            run.terminate('cancelled')
+        self.many_hosts |= state == ELSEWHERE
+        if self.is_idle() and os.path.lexists(run.path):
+            self.say(run.path, run.advice(state))
+        return state != RUNS
+
+    def is_idle(self) -> bool:
+        """Return whether there is nothing to do for us but to wait for the runs of others."""
+        return not (self.has_waiting() or self.signals or any(run.process for run in self.runs.values()))
+
+    def settle(self, run: Run) -> bool:
+        """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
+        if run.status == NOT_STARTED and last_line(run.out('stderr')) == NO_PROCESS:
+            self.cannot_start(run.name, 'no process to be had for it')
+            run.unclaim()
+            return True
+        code, finished = run.exit_code()
+        age = time.time() - finished
+        if not run.process and not lock_file(run.fd, run.out('json')) and age <= OVERDUE:
+            return False  # another poller is about to
+        # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier than to
+        # us: what it ended goes back to to_run.
+        if (code or run.status) and not run.record.keys() & {'cancelled', 'finished'}:
+            if self.stopping() and age < 1:
+                run.record['stopped'] = True
+            elif code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
+                return False  # too early to tell
+        folder, text = run.settle(code, finished)
+        if text:
+            log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
+        if folder in self.ended:
+            self.ended[folder].append(run.name)
+            self.seconds += run.seconds()
+        self.busy_seconds += run.seconds(self.began) * len(run.ids)
+        return True
+
+    # Signals.
+
+    def stopping(self) -> bool:
+        """Return whether scripts are to be stopped, not only no more to be started."""
+        return bool(self.signals) and self.signals != [signal.SIGINT]
+
+    def stop(self) -> bool:
+        """Do what the signals so far ask for; return whether it is done."""
+        # Ours that run; one that has ended and cannot be filed now is for the next poller.
+        alive = [run for run in self.runs.values() if run.is_alive]
+        if not self.stopping():
+            if alive and '/stop' not in self.said:
+                self.say('/stop', f'interrupted: waiting for {count(len(alive), "script")}; Ctrl-C again stops them')
+            return not alive
+        first = self.stop_at is None
+        if self.stop_at is None:
+            self.stop_at = time.monotonic()
+            if alive:
+                log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
+        for run in alive:
+            if run.kill_at is None and run.exit_code()[0] is None:
+                run.terminate('stopped')
+        self.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
+        alive += [run for run in self.runs.values() if not run.process and run.kill_at is not None]
+        return not (first or alive) or time.monotonic() > self.stop_at + 2 * GRACE
+
+    # Words.
+
+    def where(self, ids: Iterable[Any]) -> str:
+        """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
+        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {",".join(map(str, ids)) or "-"}')
+
+    def say(self, about: Hashable, text: str) -> None:
+        """Log `text` unless it is what was last said about this, but for amounts of memory, which always change.
+
+        `about` is a resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
+        """
+        gist = re.sub(r'[0-9.]+ [MG]iB', '', text)
+        if self.said.get(about) != gist:
+            self.said[about] = gist
+            log(text)
+
+    def sum_up(self, seconds: float) -> int:
+        """Log what was done and what was left; return the exit status."""
+        pool, failed = self.pool, self.ended['fail']
+        left = scripts_in(self.queue.to_run)
+        if not self.signals:
+            for name, reason in left.items():
+                log(f'left in to_run: {shown(name)} ({reason or self.why_unfit(name) or "new"})')
+        done = sum(map(len, self.ended.values()))
+        if done or left:
+            log(f'{shown(self.queue.host)}: ' * self.many_hosts + f'{count(done, "script")} in {duration(seconds)}: '
+                + ', '.join(f'{len(names)} {how}' for how, names in self.ended.items() if names or how != 'cancelled')
+                + f', {len(left)} left in to_run' * bool(left))
+        else:
+            log(f'nothing to run in {shown(self.queue.to_run)}')
+        if done:
+            share = min(1.0, self.busy_seconds / max(0.001, seconds) / len(list(pool.all_ids())))
+            log(f'{duration(self.busy_seconds)} of {pool.kind} time used, {pool.kind}s busy {share:.0%} of the time')
+        if failed:
+            more = f' and {len(failed) - 10} more' * (len(failed) > 10)
+            log(f'failed: {shown(shlex.join(failed[:10]))}{more}', alarm=True)
+        if self.signals:
+            return 128 + self.signals[-1]
+        return 1 if failed or left else 0
+
+    def progress(self) -> str:
+        """Return in one line how far this poller is."""
+        done, running = sum(map(len, self.ended.values())), len(self.runs)
+        waiting = 0 if self.signals else len(self.names)
+        failed = f'done ({len(self.ended["fail"])} failed)'
+        if not (running or waiting):
+            return f'{done} {failed}, waiting for scripts'
+        text = f'{done}/{done + running + waiting} {failed}, {running} running'
+        if done and running:
+            now = time.time()
+            seconds = self.seconds + sum(now - run.record.get('started', now) for run in self.runs.values())
+            text += f', about {duration(time_left(seconds / (done + running), waiting, running))} left'
+        return text
 
 
 # --- GPUs: what the driver says of them, and which of them nobody uses ----------------------------------------------
@@ -1422,7 +1412,7 @@ class Gpu:
 
 
 class Nvml:
-    """The driver, by way of nvidia-ml-py. Raises ImportError without it, DriverError without a driver."""
+    """The driver, by way of nvidia-ml-py. Raises ImportError without it."""
 
     def __init__(self) -> None:
         import pynvml  # here, because a pool of another kind needs none
@@ -1432,8 +1422,9 @@ class Nvml:
         self._up = False
         self._blind = False
 
-    def _ask(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call an NVML function; raise DriverError if the driver is gone, NVMLError for anything else.
+    @contextlib.contextmanager
+    def _asking(self, gpu: Gpu | None = None) -> Iterator[Any]:
+        """Ask about a GPU, by its handle, in a `with` block. Raises DriverError if the driver is gone, else GpuError.
 
         A driver that comes back has to be initialised again, and its old handles mean nothing then: so there are
         none, a GPU is looked up by its UUID for each question.
@@ -1442,94 +1433,83 @@ class Nvml:
         try:
             if not self._up:
                 nvml.nvmlInit()
-                self._up = True
-            return function(*args, **kwargs)
+            self._up = True
+            yield nvml.nvmlDeviceGetHandleByUUID(gpu.uuid) if gpu else None
         except nvml.NVMLError as error:
-            if not self._up or error.value in (
-                    nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED,
-                    nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH):
-                if self._up:
-                    with contextlib.suppress(nvml.NVMLError):
-                        nvml.nvmlShutdown()
-                self._up = False
-                raise DriverError(str(error)) from None
-            raise
+            if self._up and error.value not in (nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED,
+                                                nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH):
+                raise GpuError(str(error)) from None
+            with contextlib.suppress(nvml.NVMLError):
+                nvml.nvmlShutdown()
+            self._up = False
+            raise DriverError(str(error)) from None
 
     def gpus(self) -> list[Gpu]:
-        """Return all GPUs, in NVML's order, those in MIG mode as their instances. Raises DriverError."""
-        nvml, ask = self._nvml, self._ask
+        """Return all GPUs, in NVML's order, those in MIG mode as their instances. Raises GpuError."""
+        with self._asking():
+            number = self._nvml.nvmlDeviceGetCount()
         found = []
-        try:
-            number = ask(nvml.nvmlDeviceGetCount)
-        except nvml.NVMLError as error:
-            raise DriverError(str(error)) from None
         for index in range(number):
             try:
-                handle = ask(nvml.nvmlDeviceGetHandleByIndex, index)
-                gpu = Gpu(index, *self._name(handle))
-                instances = self._instances(handle)
-                if instances == []:
-                    gpu.error = 'is in MIG mode and has no instances (see nvidia-smi mig)'
-                found += [Gpu(index, *self._name(instance), gpu.uuid) for instance in instances or ()] or [gpu]
-            except nvml.NVMLError as error:
+                with self._asking():
+                    handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+                    gpu = Gpu(index, *self._name(handle))
+                    instances = self._instances(handle)
+                    if instances == []:
+                        gpu.error = 'is in MIG mode and has no instances (see nvidia-smi mig)'
+                    found += [Gpu(index, *self._name(each), gpu.uuid) for each in instances or ()] or [gpu]
+            except GpuError as error:
                 found.append(Gpu(index, error=str(error)))
         return found
 
     def _name(self, handle: Any) -> tuple[str, str]:
-        """Return the UUID and the model, which is for people only, of a GPU or an instance. Raises NVMLError."""
-        uuid = str(self._ask(self._nvml.nvmlDeviceGetUUID, handle))
+        """Return the UUID and the model, which is for people only, of a GPU or an instance."""
+        uuid = str(self._nvml.nvmlDeviceGetUUID(handle))
         with contextlib.suppress(self._nvml.NVMLError):
-            return uuid, str(self._ask(self._nvml.nvmlDeviceGetName, handle))
+            return uuid, str(self._nvml.nvmlDeviceGetName(handle))
         return uuid, ''
 
     def _instances(self, handle: Any) -> list[Any] | None:
-        """Return the handles of the MIG instances of a GPU, None if it is not in MIG mode. Raises NVMLError."""
+        """Return the handles of the MIG instances of a GPU, None if it is not in MIG mode."""
         nvml = self._nvml
         try:
-            current, _ = self._ask(nvml.nvmlDeviceGetMigMode, handle)
+            current, _ = nvml.nvmlDeviceGetMigMode(handle)
         except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):  # most cards; drivers before 450
             return None
         if current != nvml.NVML_DEVICE_MIG_ENABLE:
             return None
         instances = []
-        for index in range(self._ask(nvml.nvmlDeviceGetMaxMigDeviceCount, handle)):  # a capacity, with gaps
+        for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):  # a capacity, with gaps
             with contextlib.suppress(nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
-                instances.append(self._ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index))
+                instances.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
         return instances
 
     def memory(self, gpu: Gpu) -> tuple[float, float]:
         """Return the memory of a GPU in use, and all it has, in MiB. Raises GpuError."""
         nvml = self._nvml
-        try:
-            handle = self._ask(nvml.nvmlDeviceGetHandleByUUID, gpu.uuid)
+        with self._asking(gpu) as handle:
             try:
-                memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle, version=nvml.nvmlMemory_v2)
+                memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
             except nvml.NVMLError_FunctionNotFound:  # drivers before 510, where what the driver reserves counts as used
-                memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        except nvml.NVMLError as error:
-            raise GpuError(str(error)) from None
+                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         return memory.used / 2**20, memory.total / 2**20
 
     def pids(self, gpu: Gpu) -> list[int]:
         """Return the pids of the compute processes on a GPU, as its driver counts them. Raises GpuError."""
         nvml = self._nvml
         for _ in range(5):  # the list can grow between the two calls that nvidia-ml-py makes
-            try:
-                handle = self._ask(nvml.nvmlDeviceGetHandleByUUID, gpu.uuid)
-                try:  # not the function without a version: it refuses to work on drivers before 510
-                    processes = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)
-                except nvml.NVMLError_FunctionNotFound:
-                    processes = self._ask(nvml.nvmlDeviceGetComputeRunningProcesses_v2, handle)
-                return [process.pid for process in processes]
-            except nvml.NVMLError_InsufficientSize:
-                continue
-            except nvml.NVMLError_NotSupported:
-                if not self._blind:
-                    self._blind = True
-                    log(f'gpu {gpu.ident} does not tell its processes: its memory alone says whether it is free')
-                return []
-            except nvml.NVMLError as error:
-                raise GpuError(str(error)) from None
+            with self._asking(gpu) as handle, contextlib.suppress(nvml.NVMLError_InsufficientSize):
+                try:
+                    try:  # not the function without a version: it refuses to work on drivers before 510
+                        processes = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+                    except nvml.NVMLError_FunctionNotFound:
+                        processes = nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
+                    return [process.pid for process in processes]
+                except nvml.NVMLError_NotSupported:
+                    if not self._blind:
+                        self._blind = True
+                        log(f'gpu {gpu.ident} does not tell its processes: its memory alone says whether it is free')
+                    return []
         raise GpuError('its list of processes keeps growing')
 
 
@@ -1608,7 +1588,7 @@ def find_driver() -> tuple[Nvml | NvidiaSmi, list[Gpu]]:
         log('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py')
     try:
         gpus = driver.gpus()
-    except DriverError as error:
+    except GpuError as error:
         raise FastgpuError(f'no NVIDIA driver found ({shown(error)}); {instead}') from None
     if not gpus:
         raise FastgpuError(f'the NVIDIA driver shows no GPU; {instead}')
@@ -1692,11 +1672,9 @@ def memory_text(mib: float) -> str:
 
 def process_text(pid: int) -> str:
     """Return `pid 4121 (python, user 1001)`, or the pid alone where the rest cannot be seen, as in a container."""
-    try:
-        with open(f'/proc/{pid}/comm', errors='replace') as file:
-            return shown(f'pid {pid} ({file.read().strip()}, user {os.stat(f"/proc/{pid}").st_uid})')
-    except OSError:
-        return f'pid {pid}'
+    with contextlib.suppress(OSError), open(f'/proc/{pid}/comm', errors='replace') as file:
+        return shown(f'pid {pid} ({file.read().strip()}, user {os.stat(f"/proc/{pid}").st_uid})')
+    return f'pid {pid}'
 
 
 class ResourcePoolGPU(ResourcePoolBase):
@@ -1711,13 +1689,13 @@ class ResourcePoolGPU(ResourcePoolBase):
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
         gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
-        if not os.path.isabs(self._lock_file('')):
+        self._lock_folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
+        if not os.path.isabs(self._lock_folder):
             raise FastgpuError('FASTGPU_LOCK_DIR has to be the same for all: give it an absolute path')
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
-        self._shared: set[Any] = set()  # places whose GPU already had a script when we last tried them
 
     def all_ids(self) -> list[Any]:
         """Return the GPUs: their numbers, in NVML's order or in that of CUDA_VISIBLE_DEVICES, or UUIDs."""
@@ -1727,18 +1705,13 @@ class ResourcePoolGPU(ResourcePoolBase):
         """Return how many GPUs the script asks for. Raises FastgpuError where it asks for no number of them."""
         return gpus_wanted(script)
 
-    def distinct(self, ident: Any) -> Any:
-        """Return the GPU: a script that asks for two does not want two places on one."""
-        return self._places[ident][0]
-
     def lock_path(self, ident: Any) -> Path:
-        """Return the lock file of a GPU, or of a place on one, which all users of the host share."""
-        gpu, n = self._places[ident]
-        return self._lock_file(f'{gpu.uuid}.{n}' if self.per_gpu > 1 else gpu.uuid)
+        """Return the lock file of a GPU, which all users of the host share."""
+        return Path(self._lock_folder, f'fastgpu-{self._places[ident][0].uuid}.lock'.replace('/', '_'))
 
-    def _lock_file(self, name: str) -> Path:
-        """Return the lock file of that name."""
-        return Path(os.environ.get('FASTGPU_LOCK_DIR') or '/tmp', f'fastgpu-{name}.lock'.replace('/', '_'))
+    def place(self, ident: Any) -> tuple[int, int]:
+        """Return the place on the GPU; a script that shares it with no other has them all."""
+        return (self._places[ident][1], 1) if self.per_gpu > 1 else ALL
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return FASTGPU_ID and what makes CUDA see these GPUs alone, counted as NVML counts."""
@@ -1746,7 +1719,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         return {'FASTGPU_ID': gpus, 'CUDA_VISIBLE_DEVICES': gpus, 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
 
     def is_available(self, ident: Any) -> bool:
-        """Return whether the GPU is free by what the driver says. Where it is not, the log tells why.
+        """Return whether nobody has the GPU, and the driver says that it is free. Where it is not, the log tells why.
 
         Between the questions it files what has ended, since a driver can take seconds for an answer.
         """
@@ -1755,91 +1728,45 @@ class ResourcePoolGPU(ResourcePoolBase):
         gpu = self._places[ident][0]
         try:
             used, total = self._driver.memory(gpu)
-            self._keep_up()
+            self.poller.keep_up()
             pids = self._driver.pids(gpu)
-            self._keep_up()
-            if self._said.pop('/driver', None):
-                log('the NVIDIA driver is back')
-                numbers = {found.uuid: found.index for found in self._driver.gpus()}
-                if any(numbers.get(each.uuid) != each.index for each, _ in self._places.values()):
-                    for each, _ in self._places.values():
-                        each.ident = each.uuid  # for CUDA the numbers now mean others
+            self.poller.keep_up()
+            if self.poller.said.pop('/driver', None):
+                self._welcome_back()
+            shared = why_locked(self.lock_path(ident))  # by scripts that have other places on it
         except DriverError as error:
-            self._say('/driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
+            self.poller.say('/driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
             return False
         except GpuError as error:
-            self._reasons[ident] = f'unusable: {shown(error)}'
+            self.reasons[ident] = f'unusable: {shown(error)}'
             return False
-        if ident in self._shared:
+        if shared:
             busy = total - used < total / self.per_gpu
             rule = f'; one more script needs {memory_text(total / self.per_gpu)} of {memory_text(total)} free'
         else:
             busy = bool(pids) or used > self.max_used
-            rule = f'; free is up to {memory_text(self.max_used)}' if not pids else ''
+            rule = '' if pids else f'; free is up to {memory_text(self.max_used)}'
         if busy:
             users = ', '.join(map(process_text, pids)) or 'no compute process'
-            self._reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
+            self.reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
         return not busy
+
+    def _welcome_back(self) -> None:
+        """Tell that the driver is back, and name the GPUs by UUID if it counts them in another way now."""
+        log('the NVIDIA driver is back')
+        numbers = {gpu.uuid: gpu.index for gpu in self._driver.gpus()}
+        gpus = [gpu for gpu, _ in self._places.values()]
+        if any(numbers.get(gpu.uuid) != gpu.index for gpu in gpus):
+            for gpu in gpus:
+                gpu.ident = gpu.uuid
 
     def look(self, ident: Any) -> dict[str, Any]:
         """Return whether a GPU is free, why if not, its model and its memory."""
         gpu = self._places[ident][0]
-        seen: dict[str, Any] = {'model': gpu.model, 'memory_used': None, 'memory_total': None,
-                                'state': 'busy', 'reason': 'a poller asks whether it is free'}
-        ask = self._lock_file(f'{gpu.uuid}.ask')
-        asking = None
-        with contextlib.suppress(OSError):
-            asking = take_lock(ask) if os.path.lexists(ask) else -1  # none: no poller was ever here
-        if asking is not None:
-            seen.update(super().look(ident))
-            if asking >= 0:
-                os.close(asking)
+        seen: dict[str, Any] = {'model': gpu.model, 'memory_used': None, 'memory_total': None, **super().look(ident)}
         with contextlib.suppress(GpuError):
             seen['memory_used'], seen['memory_total'] = map(round, self._driver.memory(gpu))
         return seen
-
-    # Several scripts per GPU. Each place has a lock of its own, and the lock of the GPU is shared by the scripts that
-    # have one. Who gets the GPU's lock exclusively knows that no script has a place on it, asks whether the GPU is
-    # free, and only then shares the lock. All that is done under one more lock, which is held by no script: so a lock
-    # that cannot be had exclusively is held by one, not by somebody who only asks.
-
-    def _try(self, ident: Any, test: Any = None, keep: bool = False) -> bool:
-        """Lock and test as ever, but one poller at a time for each GPU."""
-        try:
-            asking = take_lock(self._lock_file(f'{self._places[ident][0].uuid}.ask'))
-        except OSError as error:
-            self._reasons[ident] = f'unusable: {explain(error)}'
-            return False
-        if asking is None:
-            return False
-        try:
-            return super()._try(ident, test, keep)
-        finally:
-            os.close(asking)
-
-    def _take(self, ident: Any) -> list[int] | None:
-        """Lock a place, and with several per GPU the GPU too: exclusively if it can be, else shared."""
-        fds = super()._take(ident)
-        if fds is None or self.per_gpu == 1:
-            return fds
-        path = self._lock_file(self._places[ident][0].uuid)
-        try:
-            fd = take_lock(path)
-            if fd is not None:
-                self._shared.discard(ident)
-                write_note(fd, f'shared by scripts of user {os.getuid()} ({self.path})')
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return [*fds, fd]
-            fd = take_lock(path, fcntl.LOCK_SH)
-            if fd is not None:
-                self._shared.add(ident)
-                return [*fds, fd]
-            self._blame(ident, path)
-        except OSError:
-            os.close(fds[0])
-            raise
-        os.close(fds[0])
-        return None
 
 
 # --- Status: what there is to see, for everybody who may read the folders -------------------------------------------
@@ -1852,46 +1779,50 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     queue = pool.queue
     waiting = scripts_in(queue.to_run)
     names = {folder.name: names_in(folder) for folder in (queue.running, queue.complete, queue.fail)}
-    alive = is_held(queue.alive)
-    runs = [look_at_run(queue, name) for name in names['running']]
-    rows = [{'kind': pool.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None, **pool.look(ident)}
-            for ident in pool.all_ids()]
-    for run in runs:
-        for ident in run['ids'] if run['host'] == queue.host else ():
-            row = next((row for row in rows if (row['kind'], row['id']) == (run['kind'], ident)), None)
-            if row is None:
-                rows.append(row := {'kind': run['kind'] or 'resource', 'id': ident})
+    alive = bool(why_locked(queue.alive))
+    rows = {f'{pool.kind} {ident}': {'kind': pool.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None,
+                                     **pool.look(ident)} for ident in pool.all_ids()}
+    runs, elsewhere = [], []
+    for name in names['running']:
+        run, state = look_at_run(queue, name)
+        runs.append(run)
+        if run['host'] != queue.host:
+            elsewhere.append(run)
+            continue
+        for ident in run['ids']:
+            row = rows.setdefault(f'{run["kind"]} {ident}', {'kind': run['kind'] or 'resource', 'id': ident})
             row.update({key: run[key] for key in ('script', 'user', 'seconds')}, state='running', reason=None)
-            if not (alive or runs_shim(run['pid'], queue.out_file(run['script'], 'exitcode'))):
+            if state == ENDED:
                 row.update(state='ended', seconds=None, reason='the next fastgpu_poll files it')
     ended = names['complete'] + names['fail']
-    some = [look_at_run(queue, name)['seconds'] for name in ended[::len(ended) // 100 + 1]]
-    known = [seconds for seconds in (*some, *(run['seconds'] for run in runs)) if seconds is not None]
+    some = [look_at_run(queue, name)[0] for name in ended[::len(ended) // 100 + 1]]
+    known = [run['seconds'] for run in some + runs if run['seconds'] is not None]
     left = None
     if alive and ended and known and (waiting or runs):
         left = round(time_left(sum(known) / len(known), len(waiting), len(runs) or len(rows)), 1)
     last = sorted(names['fail'], key=lambda name: (file_mark(queue.fail / name)[2:], name), reverse=True)[:3]
     return {
-        'path': str(queue.path), 'host': queue.host, 'poller': alive, 'resources': rows,
-        'elsewhere': [run for run in runs if run['host'] != queue.host],
+        'path': str(queue.path), 'host': queue.host, 'poller': alive, 'resources': list(rows.values()),
+        'elsewhere': elsewhere,
         'counts': {'to_run': len(waiting), **{folder: len(scripts) for folder, scripts in names.items()}},
-        'next': [name for name, reason in waiting.items() if reason in ('', 'just written')][:3],
-        'failed': [{'script': name, 'stderr': path, 'last_line': last_line(path)}
-                   for name in last for path in [queue.out_file(name, 'stderr')]],
+        'next': [name for name, reason in waiting.items() if reason in ('', FRESH)][:3],
+        'failed': [{'script': run.name, 'stderr': run.out('stderr'), 'last_line': last_line(run.out('stderr'))}
+                   for run in (Run(queue, name) for name in last)],
         'seconds_left': left}
 
 
-def look_at_run(queue: Queue, name: str) -> dict[str, Any]:
-    """Return what the record of the run `name` says, and how long it took or has taken."""
-    record: dict[str, Any] = {}
-    user = seconds = None
-    with contextlib.suppress(OSError, TypeError):
-        with open(open_quietly(queue.out_file(name, 'json')), 'rb') as file:
-            record, user = read_record(file.fileno()), user_name(os.fstat(file.fileno()).st_uid)
-        if record:
-            seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
+def look_at_run(queue: Queue, name: str) -> tuple[dict[str, Any], str]:
+    """Return what the record of the run `name` says and how long it took or has taken, and its `Run.state`."""
+    run, state, user = Run(queue, name), LOST, None
+    with contextlib.suppress(OSError):
+        state = run.state()
+        user = user_name(os.fstat(run.fd).st_uid)
+    run.close_record()
+    record, seconds = run.record, None
+    with contextlib.suppress(KeyError, TypeError):  # no record, or an edited one
+        seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
     return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
-            'pid': record.get('pid'), 'user': user, 'seconds': seconds}
+            'pid': record.get('pid'), 'user': user, 'seconds': seconds}, state
 
 
 def screen(status: dict[str, Any]) -> str:
@@ -1988,8 +1919,7 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
 def show(text: str) -> None:
     """Print `text`, with whatever the encoding of standard output lacks escaped, for whoever may be reading that."""
     encoding = sys.stdout.encoding or 'utf-8'
-    with contextlib.suppress(BrokenPipeError):
-        print(text.encode(encoding, 'backslashreplace').decode(encoding), flush=True)
+    write(sys.stdout, text.encode(encoding, 'backslashreplace').decode(encoding) + '\n')
 
 
 def main(args: list[str] | None = None) -> int:

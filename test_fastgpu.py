@@ -248,21 +248,63 @@ def test_safe_rename_never_overwrites(tmp_path):
 
 # --- Locks ------------------------------------------------------------------------------------------------------------
 
+def take_lock(path, place=fastgpu.ALL):
+    """Return a descriptor that holds a place in a lock file, None where somebody else does."""
+    fd = fastgpu.open_lock(path)
+    return fd if fastgpu.lock_file(fd, path, place) else os.close(fd)
+
+
 def test_a_lock_is_held_by_one_and_dropped_with_its_descriptor(tmp_path):
     path = tmp_path / 'l.lock'
-    fd = fastgpu.take_lock(path)
+    fd = take_lock(path)
     assert fd is not None
-    assert fastgpu.take_lock(path) is None
+    assert take_lock(path) is None
     os.close(fd)
-    again = fastgpu.take_lock(path)
+    again = take_lock(path)
     assert again is not None
     os.close(again)
+
+
+def test_the_places_in_a_lock_file_are_held_by_one_each_and_all_of_them_by_one(tmp_path):
+    path = tmp_path / 'l.lock'
+    assert fastgpu.why_locked(path) == ''
+    assert not path.exists()
+    one, two = take_lock(path, (0, 1)), take_lock(path, (1, 1))
+    assert take_lock(path, (1, 1)) is None
+    assert take_lock(path) is None
+    assert fastgpu.why_locked(path, (2, 1)) == ''
+    fastgpu.write_note(two, (1, 1), 'runs b.sh')
+    os.close(one)
+    assert fastgpu.why_locked(path) == fastgpu.why_locked(path, (1, 1)) == 'busy: runs b.sh'
+    os.close(two)
+    everything = take_lock(path)
+    assert take_lock(path, (7, 1)) is None
+    assert take_lock(path, fastgpu.ASKING) is not None
+    assert fastgpu.why_locked(path, (7, 1)) == f'busy: locked, {path}'
+    os.close(everything)
+
+
+def test_a_lock_is_inherited_and_given_back_by_whoever_holds_it(tmp_path):
+    path = tmp_path / 'l.lock'
+    fd = take_lock(path)
+    child = subprocess.Popen(['sleep', '1000'], pass_fds=[fd])
+    other = fastgpu.open_lock(path)
+    os.close(fd)
+    assert not fastgpu.lock_file(other, path)
+    child.kill()
+    child.wait()
+    assert fastgpu.lock_file(other, path)
+    child = subprocess.Popen(['sleep', '1000'], pass_fds=[other])
+    fastgpu.lock_bytes(other, fastgpu.ALL, fcntl.F_UNLCK)
+    assert take_lock(path) is not None
+    child.kill()
+    child.wait()
 
 
 def test_a_lock_file_can_be_opened_by_all_users_whatever_the_umask(tmp_path):
     old = os.umask(0o077)
     try:
-        os.close(fastgpu.take_lock(tmp_path / 'l.lock'))
+        os.close(take_lock(tmp_path / 'l.lock'))
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / 'l.lock').stat().st_mode) == 0o666
@@ -273,9 +315,9 @@ def test_a_deleted_lock_file_is_no_lock(tmp_path):
     fd = fastgpu.open_lock(path)
     path.unlink()
     path.touch()
-    assert not fastgpu.lock_fd(fd, path)
+    assert not fastgpu.lock_file(fd, path)
     path.unlink()
-    assert not fastgpu.lock_fd(fd, path)
+    assert not fastgpu.lock_file(fd, path)
     os.close(fd)
 
 
@@ -289,7 +331,7 @@ def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
     (tmp_path / 'folder').mkdir()
     for name in 'link', 'hard', 'fifo', 'folder':
         with pytest.raises(OSError, match=name):
-            fastgpu.take_lock(tmp_path / name)
+            fastgpu.open_lock(tmp_path / name)
     assert mine.read_text() == other.read_text() == 'precious'
 
 
@@ -297,7 +339,7 @@ def test_what_a_lock_file_says_of_an_earlier_holder_is_gone_when_it_is_locked(tm
     pool = FixedWorkerPool([0], tmp_path / 'q')
     pool.lock_path(0).write_text('runs old.sh of user 0')
     assert pool.lock(0)
-    assert fastgpu.read_note(pool.lock_path(0)) == ''
+    assert fastgpu.why_locked(pool.lock_path(0)) == f'busy: locked, {pool.lock_path(0)}'
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
@@ -848,6 +890,9 @@ def test_no_process_for_a_script_delays_its_start():
                 poller = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', limit),
                                      cwd=MODULE.parent, log=Path(logs) / 'log')
                 until(lambda poller=poller: 'cannot start a.sh now: ' in poller.log())
+                tried = (queue.path / 'out').stat().st_mtime_ns
+                time.sleep(0.5)
+                assert (queue.path / 'out').stat().st_mtime_ns == tried  # once a second, not all the time
                 poller.terminate()
                 assert poller.wait(30) == 143
             assert queue.all() == {'a.sh': 'to_run'}
@@ -925,17 +970,18 @@ def test_two_pollers_run_200_scripts_once_each(queue):
     assert len(queue.names('out')) == 800
 
 
-def test_a_live_claim_is_no_stray(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    assert pool.lock(0)
+def test_a_claim_is_taken_over_when_its_poller_is_dead_and_not_before(queue):
     queue.add('a.sh')
-    run = pool.queue.claim('a.sh', 'worker', [0])
+    first, second = (FixedWorkerPool([0], queue.path).queue for _ in range(2))
+    run = first.claim('a.sh', 'worker', [0])
     os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')  # as before its rename
-    FixedWorkerPool([0], queue.path).queue.remove_strays()
+    other = second.claim('a.sh', 'worker', [0])
+    assert (run.name, other.name) == ('a.sh', 'a-1.sh')
+    other.unclaim()
     assert queue.names('out') == ['a.sh.json']
     os.close(run.fd)
-    FixedWorkerPool([0], queue.path).queue.remove_strays()
-    assert queue.names('out') == []
+    assert second.claim('a.sh', 'worker', [0]).name == 'a.sh'
+    assert queue.names('out') == ['a.sh.json']
 
 
 def test_a_script_that_vanishes_between_look_and_claim_leaves_no_trace(queue):
@@ -1121,28 +1167,33 @@ def test_no_other_user_can_free_a_gpu_or_make_us_write_to_our_own_files(tmp_path
     with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
         os.chmod(path, 0o1777)
         lock = Path(path) / 'fastgpu-X.lock'
-        fd = fastgpu.take_lock(lock)
+        fd = take_lock(lock)
         attack = f"""
-import fcntl, os, sys
+import fcntl, os, struct, sys
 os.setgid(65534); os.setuid(65534)
+def lock(kind):
+    whole = struct.pack('hhqqi', kind, os.SEEK_SET, 0, 0, 0)
+    fcntl.fcntl(os.open({str(lock)!r}, os.O_RDWR), fcntl.F_OFD_SETLK, whole)
 for attempt in (lambda: os.unlink({str(lock)!r}), lambda: os.rename({str(lock)!r}, {str(lock)!r} + '2'),
                 lambda: os.chmod({str(lock)!r}, 0),
-                lambda: fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)):
+                lambda: lock(fcntl.F_WRLCK), lambda: lock(fcntl.F_RDLCK),
+                lambda: fcntl.lockf(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)):
     try:
         attempt()
     except OSError:
         continue
     sys.exit('it worked')
-fcntl.flock(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_UN)
+lock(fcntl.F_UNLCK)
+fcntl.lockf(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_UN)
 open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
 """
         subprocess.run([sys.executable, '-c', attack], check=True)
-        assert fastgpu.take_lock(lock) is None
-        assert fastgpu.read_note(lock) == r'\x1b[2Jnobody uses this'
+        assert take_lock(lock) is None
+        assert fastgpu.why_locked(lock) == r'busy: \x1b[2Jnobody uses this'
         os.close(fd)
         os.chown(lock, 65534, 65534)  # a file that another user made is as good
         os.chmod(lock, 0o666)
-        fd = fastgpu.take_lock(lock)
+        fd = take_lock(lock)
         assert fd is not None
         os.close(fd)
 
@@ -1904,8 +1955,7 @@ def test_all_gpus_are_used_and_a_script_sees_its_own(gpus, queue):
     assert poller.wait(30) == 0
     assert sorted(queue.out(f'{name}.stdout') for name in 'ab') == ['0 0 PCI_BUS_ID\n', '1 1 PCI_BUS_ID\n']
     assert re.search(r' gpu 0: start a\n', poller.log())
-    locks = [name for name in sorted(os.listdir(gpus.locks)) if not name.endswith('.ask.lock')]
-    assert locks == [f'fastgpu-{gpu["uuid"]}.lock' for gpu in gpus.gpus]
+    assert sorted(os.listdir(gpus.locks)) == [f'fastgpu-{gpu["uuid"]}.lock' for gpu in gpus.gpus]
 
 
 def test_cuda_visible_devices_limits_the_gpus_and_keeps_their_numbers(gpus, queue, monkeypatch):
@@ -1991,7 +2041,7 @@ def test_instances_of_a_gpu_in_mig_mode_are_the_resources(gpus, queue, capsys):
     assert f'gpu {C} unusable: is in MIG mode and has no instances' in capsys.readouterr().err
     assert [pool.lock_next() for _ in range(5)] == [A, 'MIG-1', 'MIG-2', 'MIG-3', None]
     assert pool.environment('MIG-2')['CUDA_VISIBLE_DEVICES'] == 'MIG-2'
-    assert set(os.listdir(gpus.locks)) >= {f'fastgpu-{uuid}.lock' for uuid in pool.all_ids()}
+    assert set(os.listdir(gpus.locks)) == {f'fastgpu-{uuid}.lock' for uuid in pool.all_ids()}
 
 
 def test_an_instance_is_busy_by_itself(gpus, queue):
@@ -2075,11 +2125,11 @@ def test_a_lock_file_of_gpus_is_told_but_not_trusted(gpus, queue):
     lock.write_bytes(b'\x1b[31mrun\xff' + b'x' * 10000)
     queue.add('a.sh')
     pool = ResourcePoolGPU(queue.path)
-    with open(lock) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(lock, 'r+') as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
         assert pool.lock_next() == 1
-        assert pool._reasons[0].startswith(r'busy: \x1b[31mrun')
-        assert len(pool._reasons[0]) < 300
+        assert pool.reasons[0].startswith(r'busy: \x1b[31mrun')
+        assert len(pool.reasons[0]) < 300
     assert pool.find_next() == 0
 
 
@@ -2158,11 +2208,12 @@ def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, 
     assert ' gpu 0: start a.sh' in poller.log()
 
 
-def test_a_lock_that_is_not_one_makes_its_gpu_unusable_and_not_the_others(gpus, queue):
-    (gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock').symlink_to('/etc/passwd')
+@pytest.mark.parametrize('plant', [lambda path: path.symlink_to('/etc/passwd'), os.mkfifo, Path.mkdir])
+def test_a_lock_that_is_not_one_makes_its_gpu_unusable_and_not_the_others(gpus, queue, plant):
+    plant(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock')
     pool = ResourcePoolGPU(queue.path)
     assert pool.lock_next() == 1
-    assert pool._reasons[0].startswith('unusable: ')
+    assert pool.reasons[0].startswith('unusable: ')
 
 
 def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
@@ -2210,14 +2261,14 @@ def test_drivers_without_the_newer_functions_serve(gpus, queue, missing):
     gpus.save(missing=missing)
     pool = ResourcePoolGPU(queue.path)
     assert pool.lock_next() == 1
-    assert 'pid 4121' in pool._reasons[0]
+    assert 'pid 4121' in pool.reasons[0]
 
 
 def test_a_driver_without_any_list_of_processes_is_unusable(gpus, queue):
     gpus.save(missing=['nvmlDeviceGetComputeRunningProcesses_v3', 'nvmlDeviceGetComputeRunningProcesses_v2'])
     pool = ResourcePoolGPU(queue.path)
     assert pool.lock_next() is None
-    assert pool._reasons[0] == 'unusable: Function Not Found'
+    assert pool.reasons[0] == 'unusable: Function Not Found'
 
 
 def test_where_processes_are_not_told_memory_decides_with_one_warning(gpus, queue, capsys):
@@ -2264,7 +2315,7 @@ def test_a_gpu_that_is_lost_later_is_unusable_while_the_others_go_on(gpus, queue
     gpus.gpus[0]['uuid'] = 'GPU-another'
     gpus.save()
     assert pool.lock_next() == 1
-    assert pool._reasons[0] == 'unusable: Not Found'
+    assert pool.reasons[0] == 'unusable: Not Found'
 
 
 # --- GPUs: without nvidia-ml-py, through nvidia-smi -------------------------------------------------------------------
@@ -2419,10 +2470,10 @@ def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gp
     pool = ResourcePoolGPU(queue.path)
     queue.add('a.sh', queue.gate())
     assert pool.run('a.sh', 0)
-    assert pool._lock_some(2) == []  # 1 is free, 2 is not: both are not asked again for a second
+    assert pool.lock_some(2) == []  # 1 is free, 2 is not: both are not asked again for a second
     queue.open_gate()
-    until(lambda: pool._release() or pool._collect() or pool.completed)
-    assert pool._lock_some(2) == [0, 1]
+    until(lambda: pool.poller.turn(False) or pool.completed)
+    assert pool.lock_some(2) == [0, 1]
 
 
 def test_pollers_that_want_all_gpus_get_them_however_slow_the_driver_is(gpus, tmp_path):
@@ -2478,12 +2529,12 @@ def test_a_further_script_needs_its_share_of_memory_and_the_first_a_free_gpu(gpu
     gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
     pool = ResourcePoolGPU(queue.path, per_gpu=2)
     assert pool.lock_next() is None
-    assert pool._reasons[0] == 'busy: 2.9 GiB used by no compute process; free is up to 1.0 GiB'
+    assert pool.reasons[0] == 'busy: 2.9 GiB used by no compute process; free is up to 1.0 GiB'
     gpus.change(0, used=100)
     assert pool.lock_next() == 0
     gpus.change(0, used=5121, pids=[4121])
     assert pool.lock_next() is None
-    assert pool._reasons['0.1'] == ('busy: 5.0 GiB used by pid 4121; '
+    assert pool.reasons['0.1'] == ('busy: 5.0 GiB used by pid 4121; '
                                     'one more script needs 5.0 GiB of 10.0 GiB free')
     gpus.change(0, used=5120)
     assert pool.lock_next() == '0.1'
@@ -2499,7 +2550,7 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     one.unlock(0)
     assert two.lock_next() == 0
     assert one.lock_next() is None
-    assert one._reasons[0].startswith('busy: shared by scripts of user ')
+    assert one.reasons[0].startswith('busy: locked, ')
     gpus.change(0, used=7000)
     assert two.lock_next() is None
     assert four.lock_next() == '0.1'
@@ -2513,7 +2564,7 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
 def test_run_refuses_a_gpu_that_another_poller_asks_for(gpus, queue):
     queue.add('a.sh')
     pool = ResourcePoolGPU(queue.path)
-    asking = fastgpu.take_lock(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.ask.lock')
+    asking = take_lock(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock', fastgpu.ASKING)
     with pytest.raises(FastgpuError, match='gpu 0 busy'):
         pool.run('a.sh', 0)
     os.close(asking)
@@ -2524,7 +2575,7 @@ def test_who_only_asks_does_not_make_a_busy_gpu_seem_shared(gpus, tmp_path):
     gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
     asking, other = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=2) for n in (1, 2))
     while_asked = []
-    assert not asking._try(0, lambda ident: while_asked.append(other.lock_next()))
+    assert not asking._take(0, lambda ident: while_asked.append(other.lock_next()))
     assert while_asked == [None]
 
 
@@ -2539,8 +2590,18 @@ def test_no_query_can_make_a_gpu_without_scripts_seem_shared(gpus, tmp_path):
         gpus.change(0, used=3000, pids=[4121])
         got.append(late.lock_next())
 
-    asking._try('0.1', meanwhile)
+    asking._take('0.1', meanwhile)
     assert [*got, late.lock_next()] == [None, None]
+
+
+def test_status_sees_a_further_place_on_a_gpu_as_a_poller_does(gpus, queue):
+    gpus.set({'uuid': A, 'total': 10240})
+    first = ResourcePoolGPU(queue.path, per_gpu=2)
+    assert first.lock_next() == 0
+    gpus.change(0, used=3000, pids=[4121])
+    as_json, _ = status(queue, '--per-gpu', '2')
+    assert [row['state'] for row in as_json['resources']] == ['busy', 'free']
+    assert first.lock_next() == '0.1'
 
 
 def test_a_script_with_several_gpus_gets_places_on_several(gpus, queue):
@@ -2589,7 +2650,7 @@ def test_a_real_gpu_is_busy_while_a_cuda_job_is_on_it_and_free_right_after(queue
     monkeypatch.setenv('FASTGPU_LOCK_DIR', str(tmp_path))  # somebody who knows nothing of our locks
     other = ResourcePoolGPU(tmp_path / 'other')
     assert not other.is_available(ident)
-    assert re.match(r'busy: [0-9.]+ GiB used by pid ', other._reasons[ident])
+    assert re.match(r'busy: [0-9.]+ GiB used by pid ', other.reasons[ident])
     used, total = pool._driver.memory(gpu)
     assert used > 2048
     if shutil.which('nvidia-smi'):
