@@ -52,7 +52,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO, Union
+from typing import Any, NamedTuple, TextIO, Union
 
 __version__ = '0.1.0'
 __all__ = ['FastgpuError', 'FixedWorkerPool', 'ResourcePoolBase', 'ResourcePoolGPU', 'find_next_script', 'main',
@@ -310,42 +310,62 @@ def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
             n += 1
 
 
+class Queue:
+    """The folders of a queue, as this host sees them."""
+
+    def __init__(self, path: StrPath, only_look: bool = False) -> None:
+        self.path = Path(os.path.realpath(path))
+        self.here = this_host()
+        self.host = self.here['host']
+        self.folders = queue_folders(self.path)
+        self.to_run, self.running, self.complete, self.fail, self.out = self.folders
+        self.alive = Place(f'{self.path}/.{self.host}.poller')  # which every poller of this host shares
+        if not only_look:
+            setup_dirs(self.path)
+            check_dirs(self.path, self.folders)
+        elif not os.path.isdir(self.to_run):
+            raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
+
+    @contextlib.contextmanager
+    def announced(self) -> Iterator[None]:
+        """Let whoever looks know that a poller of this host is alive, in a `with` block.
+
+        Raises FastgpuError where there are no locks: on a kernel before 3.15, or on the file system of the queue.
+        """
+        fd = -1
+        try:
+            try:
+                fd = open_lock(self.alive.path)
+                self.alive.lock(fd, fcntl.F_RDLCK)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
+                    raise FastgpuError(f'there are no file locks in {shown(self.path)} ({error.strerror}): a queue '
+                                       'needs a file system that has them, and Linux 3.15 or newer') from None
+            yield
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
+        """Move `script` from to_run to running, under the first name that no run had yet; None if it is gone.
+
+        Raises FastgpuError where that can never be done, OSError where it cannot now.
+        """
+        for n in itertools.count():
+            run = Run(self, numbered(script, n))
+            try:
+                if run.claim(script, kind, ids):
+                    return run
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and not os.path.lexists(f'{self.to_run}/{script}'):
+                    return None
+                if error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV, errno.ENAMETOOLONG):
+                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
+                raise
+        raise AssertionError('unreachable')
+
+
 # --- Locks: bytes of a file, which a child inherits, and which the kernel gives back with the last who holds them ---
-
-# These are the locks of fcntl(2) that belong to an open file, as those of flock(2) do: so they outlive whoever took
-# them, as long as a child has that file open. But a file has many of them: each byte is a place that one script can
-# have, all of them together are the whole resource, and one far behind is held by who asks whether a place is free.
-ALL = 0, 1 << 20
-ASKING = 1 << 20, 1
-FLOCK = 'hhqqi'  # struct flock
-NOTE = 256  # bytes in the file for each place, which say who has it
-
-
-def lock_bytes(fd: int, place: tuple[int, int] = ALL, kind: int = fcntl.F_WRLCK) -> bool:
-    """Lock a place in the open file `fd`, with F_UNLCK unlock it; return whether nobody else has it. Raises OSError."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(FLOCK, kind, os.SEEK_SET, *place, 0))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def locked_byte(fd: int, place: tuple[int, int] = ALL) -> int | None:
-    """Return the first byte of a lock that others have on a place in the open file `fd`, None where there is none."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *place, 0))
-    kind, _, first, _, _ = struct.unpack(FLOCK, answer)
-    return None if kind == fcntl.F_UNLCK else int(first)
-
-
-def lock_file(fd: int, path: StrPath, place: tuple[int, int] = ALL) -> bool:
-    """Lock a place in the open file `fd` if nobody has it and `path` still leads to that file. Raises OSError.
-
-    A file that was deleted meanwhile can be locked by us and its successor by somebody else: that is no lock.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        return lock_bytes(fd, place) and os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
-    return False
-
 
 def open_quietly(path: StrPath, flags: int = os.O_RDONLY) -> int:
     """Open what may be anything, a link or a FIFO, without following it or waiting for it. Raises OSError."""
@@ -357,15 +377,21 @@ def open_lock(path: StrPath) -> int:
 
     Raises OSError, with a reason for people, for anything that is not a lock file: a link, a FIFO.
     """
-    mask = os.umask(0)  # all users of the host share it
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    except FileExistsError:
-        # Without O_CREAT, with which the kernel refuses the files of others in a sticky folder (fs.protected_regular in
-        # proc(5)).
-        fd = open_quietly(path, os.O_RDWR)
-    finally:
-        os.umask(mask)
+    while True:
+        # Without O_CREAT where it exists: the kernel refuses that for the files of others in a sticky folder
+        # (fs.protected_regular in proc(5)).
+        try:
+            fd = open_quietly(path, os.O_RDWR)
+            break
+        except FileNotFoundError:
+            mask = os.umask(0)  # all users of the host share it
+            try:
+                # The sticky bit keeps systemd-tmpfiles from removing it when it is old: tmpfiles.d(5), "Age".
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o1666)
+            except FileExistsError:
+                continue
+            finally:
+                os.umask(mask)
     status = os.fstat(fd)
     # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
@@ -374,30 +400,85 @@ def open_lock(path: StrPath) -> int:
     return fd
 
 
-def write_note(fd: int, place: tuple[int, int], text: str = '') -> None:
-    """Say in a lock file who has a place, for people. All notes are as long: to truncate a file can take 0.3 ms."""
-    with contextlib.suppress(OSError):
-        os.pwrite(fd, shown(text).encode('utf-8', 'replace')[:NOTE - 1].ljust(NOTE - 1) + b'\n', NOTE * place[0])
+class Place(NamedTuple):
+    """Bytes of a lock file that are held together: by default the whole resource, else one place of many on it.
 
-
-def why_locked(path: StrPath, place: tuple[int, int] = ALL) -> str:
-    """Return why a place, or a part of it, in the lock file `path` is not free: '', or `busy: who`, or `unusable: why`.
-
-    Who has it is what they wrote there, for people only: anybody can write to the file.
+    The locks are those of fcntl(2) that belong to an open file, as those of flock(2) do: they outlive whoever took
+    them for as long as a child has that file open. Unlike those, one file has many of them, one per byte.
     """
-    try:
-        fd = open_quietly(path)
+    path: str
+    first: int = 0
+    number: int = 1 << 20  # of bytes
+
+    @property
+    def whole(self) -> Place:
+        """All places of its file."""
+        return Place(self.path)
+
+    @property
+    def asking(self) -> Place:
+        """The place behind all others, which is held by who asks whether one of them is free."""
+        return Place(self.path, 1 << 20, 1)
+
+    def lock(self, fd: int, kind: int = fcntl.F_WRLCK) -> bool:
+        """Lock it in the open file `fd`, if nobody else has it and its path leads to that file. Raises OSError.
+
+        A file that was deleted meanwhile can be locked by us and its successor by somebody else: that is no lock.
+        """
         try:
-            first = locked_byte(fd, place)
-            note = b'' if first is None else os.pread(fd, NOTE, NOTE * first)
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        return ''
-    except OSError as error:
-        return f'unusable: {explain(error)}'
-    who = note.decode('utf-8', 'replace').strip('\0\n ') or f'locked, {path}'
-    return '' if first is None else f'busy: {shown(who)}'
+            self._call(fd, fcntl.F_OFD_SETLK, kind)
+        except (BlockingIOError, PermissionError):  # POSIX and fcntl(2) allow both EAGAIN and EACCES for "held"
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(fd), os.stat(self.path, follow_symlinks=False))
+        return False
+
+    def unlock(self, fd: int) -> None:
+        """Give it back, also if a daemon that a script left behind still has the file open. Raises OSError."""
+        self._call(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK)
+
+    def locked_byte(self, fd: int) -> int | None:
+        """Return the first byte of it that others have, None where there is none. Takes nothing. Raises OSError."""
+        kind, _, first, _, _ = struct.unpack(FLOCK, self._call(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK))
+        return None if kind == fcntl.F_UNLCK else int(first)
+
+    def holder(self, fd: int) -> str:
+        """Return who has it or a part of it, by what they wrote in the open file `fd`, '' where nobody has it.
+
+        That is for people only: anybody can write to the file. Raises OSError.
+        """
+        byte = self.locked_byte(fd)
+        if byte is None:
+            return ''
+        note = os.pread(fd, NOTE, NOTE * byte).decode('utf-8', 'replace').strip('\0\n ')
+        return shown(note or f'locked, and not by fastgpu (fuser -v {self.path} tells by whom)')
+
+    def why_locked(self) -> str:
+        """Return why it is not free: '', or `busy: who`, or `unusable: why`."""
+        try:
+            fd = open_quietly(self.path)
+            try:
+                who = self.holder(fd)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return ''
+        except OSError as error:
+            return f'unusable: {explain(error)}'
+        return who and f'busy: {who}'
+
+    def write_note(self, fd: int, text: str) -> None:
+        """Say who has it, for people. All notes are as long: to truncate a file can take 0.3 ms."""
+        with contextlib.suppress(OSError):
+            os.pwrite(fd, shown(text).encode('utf-8', 'replace')[:NOTE - 1].ljust(NOTE - 1) + b'\n', NOTE * self.first)
+
+    def _call(self, fd: int, command: int, kind: int) -> bytes:
+        """Make the call of fcntl(2) for it, with and for a `struct flock`. Raises OSError."""
+        return fcntl.fcntl(fd, command, struct.pack(FLOCK, kind, os.SEEK_SET, self.first, self.number, 0))
+
+
+FLOCK = 'hhqqi'  # struct flock of fcntl(2): type, whence, start, length, pid
+NOTE = 256  # bytes for each place in its file, which say who has it
 
 
 # --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
@@ -405,26 +486,28 @@ def why_locked(path: StrPath, place: tuple[int, int] = ALL) -> str:
 # The shell that runs a script. It outlives the poller, and signals to its group until the script is done; it writes
 # the status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is
 # ignored, is not inherited by what it runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is
-# for an environment with SHELLOPTS=errexit, the long names are for one that has short ones.
-NOT_STARTED, NO_PROCESS = 254, 'fastgpu: no process to be had'
-SHIM = ('set +e; fastgpu_file=$1 fastgpu_status=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
-        f'trap \'[ "$fastgpu_status" ] || {{ echo "{NO_PROCESS}" >&2; exit {NOT_STARTED}; }}\' EXIT; '
-        '"$@"; fastgpu_status=$?; printf %s $fastgpu_status >"$fastgpu_file"; exit $fastgpu_status')
+# for an environment with SHELLOPTS=errexit, the long names are for one that has short ones; none has the word fastgpu,
+# since people type `pkill -f fastgpu`.
+NOT_STARTED, NO_PROCESS = 254, 'no process to be had for the script'
+SHIM = ('set +e; _job_file=$1 _job_status=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
+        f'trap \'[ "$_job_status" ] || {{ echo "{NO_PROCESS}" >&2; exit {NOT_STARTED}; }}\' EXIT; '
+        '"$@"; _job_status=$?; printf %s $_job_status >"$_job_file"; exit $_job_status')
 
 
-def write_all(fd: int, text: str) -> None:
-    """Make `text` the whole of the open file `fd`, in one write, so that a reader sees the old or the new."""
-    data = text.encode('utf-8', 'replace')
-    if os.pwrite(fd, data, 0) < len(data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if os.fstat(fd).st_size > len(data):  # to cut off nothing costs as much as all the rest
-        os.ftruncate(fd, len(data))
+def this_host() -> dict[str, str]:
+    """Return what tells this host from others: its name, its kernel's boot id (random(4)), its machine-id(5) or ''."""
+    here = {'host': os.uname().nodename}
+    for key, file in ('boot', '/proc/sys/kernel/random/boot_id'), ('machine', '/etc/machine-id'):
+        here[key] = ''
+        with contextlib.suppress(OSError), open(file) as id_file:
+            here[key] = id_file.read(64).strip()
+    return here
 
 
-def read_record(fd: int) -> dict[str, Any]:
-    """Return the record in the open file `fd`; {} where it is none of ours, or a power cut left it empty."""
+def parse_record(text: bytes) -> dict[str, Any]:
+    """Return the record that is written as `text`; {} where that is none of ours, or what a power cut left of one."""
     try:
-        record = json.loads(os.pread(fd, 1 << 16, 0))
+        record = json.loads(text)
         script, started = record['script'], float(record['started'])
         os.fsencode(script)
         if (script == os.path.basename(script) and script[0] != '.' and abs(started) < 1e12
@@ -435,24 +518,17 @@ def read_record(fd: int) -> dict[str, Any]:
     return {}
 
 
-def runs_shim(pid: object, exitcode: StrPath) -> bool:
-    """Return whether the process `pid` is the shim that will write `exitcode` (proc(5), cmdline)."""
-    with contextlib.suppress(OSError), open(f'/proc/{pid}/cmdline', 'rb') as file:
-        return os.fsencode(exitcode) in file.read().split(b'\0')
-    return False
-
-
-def session_groups(leader: int) -> set[int]:
+def session_groups(leader: int, dying: bool = True) -> set[int]:
     """Return the process groups that are alive in the session of `leader`: timeout(1) and `set -m` make their own.
 
-    A zombie is not alive (proc(5), stat).
+    A zombie is not alive; without `dying`, nor is what has begun to exit (proc(5), stat: PF_EXITING in the flags).
     """
     groups = set()
     for pid in filter(str.isdecimal, os.listdir('/proc')):
         with contextlib.suppress(OSError, ValueError):
             with open(f'/proc/{pid}/stat', 'rb') as file:
-                state, _, group, session = file.read().rpartition(b')')[2].split()[:4]
-            if int(session) == leader and state != b'Z':
+                state, _, group, session, _, _, flags = file.read().rpartition(b')')[2].split()[:7]
+            if int(session) == leader and state != b'Z' and (dying or not int(flags) & 0x4):
                 groups.add(int(group))
     return groups
 
@@ -488,50 +564,150 @@ def missing_interpreter(script: Path) -> str:
     return ''
 
 
-class Queue:
-    """The folders of a queue, as this host sees them."""
+class Record(dict[str, Any]):
+    """What is known of a run: a dict that is kept in the file `path`, whose lock somebody holds while the run lives."""
 
-    def __init__(self, path: StrPath, only_look: bool = False) -> None:
-        self.path = Path(os.path.realpath(path))
-        self.host = os.uname().nodename
-        self.folders = queue_folders(self.path)
-        self.to_run, self.running, self.complete, self.fail, self.out = self.folders
-        if not only_look:
-            setup_dirs(self.path)
-            check_dirs(self.path, self.folders)
-        elif not os.path.isdir(self.to_run):
-            raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
-        self.alive = self.path / f'.{self.host}.poller'  # a lock that every poller of this host shares
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.place = Place(path)
+        self.fd = -1
 
-    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
-        """Reserve a name for a run of `script` and move it to running/ under that name; None if it is gone.
+    def create(self) -> bool:
+        """Make the file, and lock it; return False where it was there before. Raises OSError."""
+        try:
+            self.fd = os.open(self.place.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        return self.lock()
 
-        Raises FastgpuError where that can never be done, OSError where it cannot now.
+    def open(self) -> None:
+        """Open the file, and read it as it is now. Raises OSError where there is none, or no file: a link, a FIFO."""
+        self.close()
+        path = self.place.path
+        self.fd = open_quietly(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+        self.clear()
+        self.update(parse_record(os.pread(self.fd, 1 << 16, 0)))
+
+    def close(self) -> None:
+        """Close the file, and with that give the lock on it back, if that is ours alone."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def lock(self) -> bool:
+        """Lock the open file, if nobody else has; return whether it is locked by us. Raises OSError."""
+        return self.place.lock(self.fd)
+
+    def is_locked(self) -> bool:
+        """Return whether somebody else has locked the open file. Raises OSError."""
+        return self.place.locked_byte(self.fd) is not None
+
+    def save(self) -> None:
+        """Write it to the open file, in one write, so that a reader sees the old or the new. Raises OSError."""
+        data = json.dumps(self, default=str).encode('utf-8', 'replace') + b'\n'
+        if os.pwrite(self.fd, data, 0) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if os.fstat(self.fd).st_size > len(data):  # to cut off nothing costs as much as all the rest
+            os.ftruncate(self.fd, len(data))
+
+    def is_of(self, here: dict[str, str]) -> bool | None:
+        """Return whether the run is one of the host `here`, so that the lock tells whether it lives, or None.
+
+        The kernel's boot id decides, whatever the host is called: a container that is started anew has another name.
+        With another boot id it is still this machine, after a reboot, if its name and its machine id are the same.
+        None is for an empty record: its owner may be about to write it. It stays empty where its poller, or the power,
+        died between two system calls; after a minute (file servers and caches take at most half of one) it is taken for
+        such a one, and for ours. Raises OSError.
         """
-        record = {'script': script, 'host': self.host, 'kind': kind, 'ids': ids, 'started': round(time.time(), 3)}
-        for n in itertools.count():
-            run = Run(self, numbered(script, n))
-            too_long = len(os.fsencode(run.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
-            if too_long > 0:
-                raise FastgpuError(f'its name is too long, by {too_long} bytes')
-            try:
-                if run.reserve(record):
-                    # From here on, a name in running/ whose record is not locked has no owner.
-                    os.rename(f'{self.to_run}/{script}', run.path)
-                    return run
-            except BaseException as error:
-                gone = isinstance(error, FileNotFoundError)
-                # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
-                if gone and os.path.lexists(run.path):
-                    return run
-                run.unclaim()
-                if gone and not os.path.lexists(f'{self.to_run}/{script}'):
-                    return None
-                if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV,
-                                                                  errno.ENAMETOOLONG):
-                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
-                raise
-        raise AssertionError('unreachable')
+        if not self:
+            status = os.fstat(self.fd)
+            return True if status.st_size == 0 and time.time() - status.st_mtime > 60 else None
+        keys = ('boot',) if self.get('boot') == here['boot'] else ('host', 'machine')
+        return all(here[key] and self.get(key) == here[key] for key in keys)
+
+
+class Shim:
+    """The shell that waits for the script of a run and writes its status to `exitcode`, and the session that it leads.
+
+    One that is our child wakes us up when it ends, and tells us its status even where a full disk kept it from writing.
+    """
+
+    def __init__(self, exitcode: str) -> None:
+        self.exitcode = exitcode
+        self.pid: int | None = None  # which is the id of its session
+        self.process: subprocess.Popen[bytes] | None = None  # if it is our child
+        self.pidfd = -1  # readable when that has ended
+        self.status: int | None = None  # with which that has ended
+        self.kill_at: float | None = None  # when its session gets KILL, set when it got TERM
+
+    def start(self, command: Sequence[str], **options: Any) -> None:
+        """Start it for a script whose words are `command`, with these `options` of Popen. Raises OSError."""
+        self.process = subprocess.Popen(['/bin/sh', '-c', SHIM, 'script', self.exitcode, *command],
+                                        stdin=subprocess.DEVNULL, start_new_session=True, **options)
+        self.pid = self.process.pid
+        with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
+            self.pidfd = os.pidfd_open(self.pid)
+
+    @property
+    def runs_for_us(self) -> bool:
+        """Whether it is our child and runs, or did when we looked last."""
+        return self.process is not None and self.process.returncode is None
+
+    def is_alive(self) -> bool:
+        """Return whether it is alive, whoever started it (proc(5), cmdline)."""
+        if self.process:
+            return self.runs_for_us
+        with contextlib.suppress(OSError), open(f'/proc/{self.pid}/cmdline', 'rb') as file:
+            return os.fsencode(self.exitcode) in file.read().split(b'\0')
+        return False
+
+    def reap(self) -> int | None:
+        """Return how it ended, if it is our child and just did: its status, or -N if signal N killed it; else None.
+
+        Of a script whose shim was killed we know no more than of one that we found: it may live.
+        """
+        code = self.process.poll() if self.process and self.runs_for_us else None
+        if code is not None:
+            if self.pidfd >= 0:
+                os.close(self.pidfd)
+            if code >= 0:
+                self.status = code
+            else:
+                self.process = None
+        return code
+
+    def signal(self, signum: int) -> bool:
+        """Send a signal to its session, if it can be waited for, so that the session is still its own.
+
+        Returns whether anything was alive there.
+        """
+        groups = session_groups(self.pid) if self.pid and self.is_alive() else set()
+        for group in groups:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # a group that is all sudo(8)'s
+                os.killpg(group, signum)
+        return bool(groups)
+
+    def terminate(self) -> None:
+        """Send its session TERM, and let it have KILL after the grace period, see `kill_rest`."""
+        self.kill_at = time.monotonic() + GRACE
+        self.signal(signal.SIGTERM)
+
+    def kill_rest(self) -> None:
+        """Kill what is left of a session that got TERM, if its script has ended or its grace period has."""
+        if self.kill_at is None:
+            return
+        ended = None
+        if self.process and self.runs_for_us:
+            with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
+                ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended or time.monotonic() >= self.kill_at:
+            deadline = time.monotonic() + 0.5  # what it held is not for the next script before all of it is gone
+            while self.signal(signal.SIGKILL) and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+    def was_killed_alone(self) -> bool:
+        """Return whether it is gone while its script lives on, of which nobody will know how it ends."""
+        return self.pid is not None and not self.is_alive() and bool(session_groups(self.pid, dying=False))
 
 
 RUNS, ENDED, ELSEWHERE, LOST = 'runs', 'ended', 'elsewhere', 'lost'
@@ -543,17 +719,14 @@ class Run:
     def __init__(self, queue: Queue, name: str) -> None:
         self.queue, self.name = queue, name
         self.path = f'{queue.running}/{name}'
-        self.record: dict[str, Any] = {}
-        self.fd = -1  # the file of the record
+        self.record = Record(self.out('json'))
         self.held: Sequence[Any] = ()  # the resources that we hold for it
-        self.process: subprocess.Popen[bytes] | None = None  # its shim, if we are the one who waits for it
+        self.shim = Shim(self.out('exitcode'))
         self.is_new = False  # whether we started it, and did not log that yet
-        self.pidfd = -1  # readable when that has ended
-        self.status: int | None = None  # how it ended as we know it, whether or not that could be written
-        self.kill_at: float | None = None  # when it gets KILL, set when it got TERM
         self.finished = 0.0  # when it ended, once it is settled
 
-    # Its files.
+    def __repr__(self) -> str:
+        return f'<Run {self.path} of {self.script}, pid {self.record.get("pid")}, holds {self.held}>'
 
     @property
     def script(self) -> str:
@@ -570,60 +743,70 @@ class Run:
         """Return its file of that `kind` in out/."""
         return f'{self.queue.out}/{self.name}.{kind}'
 
+    # Its beginning.
+
     def is_taken(self) -> bool:
         """Return whether there is anything but a record of a run of this name."""
         folders = [f'{folder}/{self.name}' for folder in (self.queue.running, self.queue.complete, self.queue.fail)]
         return any(map(os.path.lexists, folders + [self.out(kind) for kind in ('stdout', 'stderr', 'exitcode')]))
 
-    def reserve(self, record: dict[str, Any]) -> bool:
-        """Make `record` its record, and lock it; return False where its name is that of another run. Raises OSError.
+    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> bool:
+        """Make its record, and move `script` from to_run to running; return False where its name is another run's.
 
-        A record that nobody locks, of a run that never began, was left by a poller that died here: it is taken over.
+        Raises FastgpuError where the name is too long, OSError where that cannot be done now, FileNotFoundError among
+        others if the script is gone. Nothing is left of the claim then.
         """
-        if self.is_taken():
+        too_long = len(os.fsencode(self.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
+        if too_long > 0:
+            raise FastgpuError(f'its name is too long, by {too_long} bytes')
+        if self.is_taken() or not (self.record.create() or self.take_over()):
+            self.record.close()
             return False
+        self.record.update(script=script, **self.queue.here, kind=kind, ids=ids, started=round(time.time(), 3))
         try:
-            self.fd = os.open(self.out('json'), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            ours = lock_file(self.fd, self.out('json'))
-        except FileExistsError:
-            ours = False
-            with contextlib.suppress(OSError):  # a folder or a FIFO, or just removed
-                self.open_record()
-                ours = (lock_file(self.fd, self.out('json')) and self.host() == self.queue.host
-                        and not self.record.keys() & {'pid', 'finished'} and not self.is_taken())
-        if ours:
-            self.record = record
-            self.save()
-        else:
-            self.close_record()
-        return ours
+            self.record.save()
+            # From here on, a name in running/ whose record is not locked has no owner.
+            os.rename(f'{self.queue.to_run}/{script}', self.path)
+        except BaseException as error:
+            # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
+            if not (isinstance(error, FileNotFoundError) and os.path.lexists(self.path)):
+                self.unclaim()
+                raise
+        return True
 
-    def open_record(self) -> None:
-        """Open and read the record of a run that is not ours, as it is now. Raises OSError."""
-        self.close_record()
-        path = self.out('json')
-        self.fd = open_quietly(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
-        self.record = read_record(self.fd)
+    def take_over(self) -> bool:
+        """Lock a record that is there already, if its poller died here before it moved the script, and empty it."""
+        with contextlib.suppress(OSError):  # a folder or a FIFO, or just removed
+            self.record.open()
+            if (self.record.lock() and self.record.is_of(self.queue.here)
+                    and not self.record.keys() & {'pid', 'finished'} and not self.is_taken()):
+                self.record.clear()
+                return True
+        return False
 
-    def close_record(self) -> None:
-        """Close it, and with that give the lock on it back, if that is ours alone."""
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
+    def unclaim(self) -> None:
+        """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
+        try:
+            for kind in ('stdout', 'stderr'):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.out(kind))
+            with contextlib.suppress(FileNotFoundError):
+                safe_rename(self.path, self.queue.to_run, self.script)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.out('json'))
+        finally:
+            self.record.close()
 
-    def save(self) -> None:
-        """Write what we know of the run to its record. Raises OSError."""
-        write_all(self.fd, json.dumps(self.record, default=str) + '\n')
+    def launch(self, command: Sequence[str], locks: Iterable[int], environment: dict[str, str]) -> None:
+        """Start `command` under a shim that inherits our files `locks`. Raises OSError where that fails."""
+        with open(self.out('stdout'), 'ab', 0) as stdout, open(self.out('stderr'), 'ab', 0) as stderr:
+            self.shim.start(command, stdout=stdout, stderr=stderr, pass_fds=(self.record.fd, *locks), env=environment)
+        self.is_new = True
+        self.record['pid'] = self.shim.pid
+        with contextlib.suppress(OSError):  # a full disk: while we live, we know it
+            self.record.save()
 
-    def host(self) -> str:
-        """Return its host by its record: ours if that stays empty, '' while it may be on its way here. Raises OSError.
-
-        A record stays empty where its poller, or the power, died between two system calls. After a minute (file
-        servers and caches take at most half of one) it is taken for such a one, and for ours.
-        """
-        status = os.fstat(self.fd)
-        stays_empty = status.st_size == 0 and time.time() - status.st_mtime > 60
-        return str(self.record.get('host') or (self.queue.host if stays_empty else ''))
+    # Its end.
 
     def exit_code(self) -> tuple[int | None, float]:
         """Return its exit status and the time it ended, or None and now. Raises OSError.
@@ -638,105 +821,29 @@ class Run:
             return None, time.time()
         return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None, finished
 
-    def was_started(self) -> bool:
-        """Return whether it was, by what it wrote where its record has no pid: its poller died before it wrote that."""
-        sizes = [os.stat(self.out(kind)).st_size for kind in ('stdout', 'stderr') if os.path.exists(self.out(kind))]
-        return 'pid' in self.record or any(sizes) or os.path.lexists(self.out('exitcode'))
-
-    # Its processes.
-
-    def launch(self, command: Sequence[str], locks: Iterable[int], environment: dict[str, str]) -> None:
-        """Start `command` under a shim that inherits our files `locks`. Raises OSError where that fails."""
-        with open(self.out('stdout'), 'ab', 0) as stdout, open(self.out('stderr'), 'ab', 0) as stderr:
-            self.process = subprocess.Popen(
-                ['/bin/sh', '-c', SHIM, 'fastgpu', self.out('exitcode'), *command], stdin=subprocess.DEVNULL,
-                stdout=stdout, stderr=stderr, start_new_session=True, pass_fds=(self.fd, *locks), env=environment)
-        self.record['pid'] = self.process.pid
-        with contextlib.suppress(OSError):  # a full disk: while we live, we know it
-            self.save()
-        with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
-            self.pidfd = os.pidfd_open(self.process.pid)
-
-    def unclaim(self) -> None:
-        """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
-        if self.fd < 0:
-            return
-        try:
-            for kind in ('stdout', 'stderr'):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.out(kind))
-            with contextlib.suppress(FileNotFoundError):
-                safe_rename(self.path, self.queue.to_run, self.script)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.out('json'))
-        finally:
-            self.close_record()
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it is ours and its shim runs, or did when we looked last."""
-        return self.process is not None and self.process.returncode is None
-
-    def shim(self) -> int | None:
-        """Return the pid of its shim, which is the id of its session, or None if it is not alive."""
-        pid = self.record.get('pid')
-        alive = self.is_alive if self.process else runs_shim(pid, self.out('exitcode'))
-        return pid if alive and isinstance(pid, int) else None
-
-    def signal(self, signum: int) -> bool:
-        """Send a signal to its session, if its shim can be waited for, so that the session is still its own.
-
-        Returns whether anything was alive there.
-        """
-        pid = self.shim()
-        groups = session_groups(pid) if pid else set()
-        for group in groups:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # a group that is all sudo(8)'s
-                os.killpg(group, signum)
-        return bool(groups)
-
-    def terminate(self, why: str) -> None:
-        """Send it TERM, and KILL after the grace period (see `kill`); its record says `why`."""
-        self.kill_at = time.monotonic() + GRACE
-        self.record[why] = True
-        with contextlib.suppress(OSError):
-            self.save()  # first: whoever settles it then knows
-        self.signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """Kill what is left of a run that got TERM, if its script has ended or its grace period has."""
-        if self.kill_at is None:
-            return
-        ended = None
-        if self.process and self.is_alive:
-            with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
-                ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended or time.monotonic() >= self.kill_at:
-            deadline = time.monotonic() + 0.5  # what it held is not for the next script before all of it is gone
-            while self.signal(signal.SIGKILL) and time.monotonic() < deadline:
-                time.sleep(0.001)
-
-    # Its end.
-
     def state(self) -> str:
         """Return whether it RUNS or has ENDED here, runs ELSEWHERE, or is LOST, without a record. Raises OSError.
 
         A run that is not ours has ended when nobody locks its record any more. Where a daemon that it left behind still
         does, or where somebody replaced the record by a copy, its exit status and its shim tell.
         """
-        if self.process:
-            return RUNS if self.is_alive else ENDED
+        if self.shim.process:
+            return RUNS if self.shim.runs_for_us else ENDED
         try:
-            self.open_record()
+            self.record.open()
         except OSError:  # none, or a folder or a FIFO
             return LOST
-        host = self.host()
-        if host and host != self.queue.host:
+        pid = self.record.get('pid')
+        self.shim.pid = pid if isinstance(pid, int) else None
+        ours = self.record.is_of(self.queue.here)
+        if ours is None:
+            return RUNS
+        if not ours:
             return ELSEWHERE
         code, finished = self.exit_code()
-        if locked_byte(self.fd) is not None:
+        if self.record.is_locked():
             return ENDED if time.time() - finished > OVERDUE else RUNS
-        return RUNS if not host or (code is None and self.shim()) else ENDED
+        return RUNS if code is None and self.shim.is_alive() else ENDED
 
     def advice(self, state: str) -> str:
         """Return what there is to say of a run in a `state`, if it is not ours, to who waits for it. Raises OSError."""
@@ -745,18 +852,37 @@ class Run:
             return f'waiting for {name}, which runs without this poller'
         if state == LOST:
             return f'{shown(self.path)} has no record in out; if nothing runs it: {requeue}'
-        code, host = self.exit_code()[0], shown(self.host())
+        code, host = self.exit_code()[0], shown(self.record.get('host', ''))
         if code is None:
             return f'{name} runs on {host}; if that host is gone: {requeue}'
         return f'{name} ended on {host} ({describe(code)}): start fastgpu_poll there'
 
-    def taken_out(self) -> bool:
+    def is_taken_out(self) -> bool:
         """Return whether it is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
         try:
             os.lstat(self.path)
         except OSError as error:
             return isinstance(error, FileNotFoundError) and os.path.isdir(self.queue.running)
         return False
+
+    def mark(self, word: str) -> None:
+        """Set a word in its record for who settles it: that it was `stopped`, or `cancelled`, or lost its shim."""
+        self.record[word] = True
+        with contextlib.suppress(OSError):
+            self.record.save()
+
+    def terminate(self, why: str) -> None:
+        """End it by TERM, and KILL after the grace period; its record says `why`."""
+        self.mark(why)  # first: whoever settles it then knows
+        self.shim.terminate()
+
+    def was_started(self) -> bool:
+        """Return whether its script was, by what it wrote where its poller died before it wrote a pid to the record."""
+        if self.shim.status == NOT_STARTED and last_line(self.out('stderr')) == NO_PROCESS:
+            return False
+        if 'pid' in self.record or os.path.lexists(self.out('exitcode')):
+            return True
+        return any(os.path.exists(file) and os.stat(file).st_size for file in (self.out('stdout'), self.out('stderr')))
 
     def seconds(self, since: float = 0) -> float:
         """Return how long it ran, counted from the time `since` at the earliest. To be asked when it is settled."""
@@ -770,25 +896,22 @@ class Run:
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = shown(self.name), self.record, self.queue
-        if self.status is None and not self.was_started():  # its poller died before that
+        if not self.was_started():
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
         self.finished = finished
-        if code is None and self.status is not None:
-            Path(self.out('exitcode')).write_text(str(self.status))
-            code = self.status
+        if code is None and self.shim.status is not None:
+            Path(self.out('exitcode')).write_text(str(self.shim.status))
+            code = self.shim.status
         if 'finished' not in record:
             record.update(finished=round(finished, 3), exitcode=code)
-            self.save()
-        # An empty file is all that a full disk, and no poller, let the shim write: it ended, nobody knows how.
-        unknown = code is None and os.path.lexists(self.out('exitcode'))
-        killed = code is None and (record.get('stopped') or record.get('cancelled'))
-        how = 'status unknown, the disk was full' if unknown else 'killed' if killed else describe(code)
+            record.save()
+        how, unknown = self.how_it_ended(code)
         how = f'({how}, {duration(self.seconds())})'
         if not os.path.lexists(self.path):  # cancelled by a person, or filed by another poller
             if record.get('cancelled'):
                 return 'cancelled', f'cancelled {name} {how}'
-            ours = (queue.fail, queue.complete) if self.status is not None else ()
+            ours = (queue.fail, queue.complete) if self.shim.status is not None else ()
             return next((folder.name for folder in ours if os.path.lexists(folder / self.name)), ''), ''
         if code == 0:
             safe_rename(self.path, queue.complete)
@@ -799,6 +922,18 @@ class Run:
         path = safe_rename(self.path, queue.fail)
         reason = (missing_interpreter(path) if code == 127 else '') or last_line(self.out('stderr'))
         return 'fail', f'fail {name} {how}: {remark(reason, self.out("stderr"))}'
+
+    def how_it_ended(self, code: int | None) -> tuple[str, bool]:
+        """Return how it ended, in a few words, and whether nobody will ever know."""
+        if code is not None:
+            return describe(code), False
+        if os.path.lexists(self.out('exitcode')):  # an empty file is all that the shim could write
+            return 'status unknown, the disk was full', True
+        if self.record.get('stopped') or self.record.get('cancelled'):
+            return 'killed', False
+        if self.record.get('shim_killed'):
+            return 'status unknown, the shell that waits for it was killed', True
+        return describe(None), False
 
 
 # --- Pools: which resources there are, and who has them ---------------------------------------------------------------
@@ -820,11 +955,13 @@ class ResourcePoolBase:
         self.queue = Queue(path, only_look)
         self.path = self.queue.path
         self.wrapper: list[str] = []  # words to put in front of each script's path
-        self.reasons: dict[Hashable, str] = {}  # why a resource was not free, or '', when we asked last
-        self.retry_at = 0.0  # when to ask again, since it costs something, for what nobody has and is not available
+        self.reasons: dict[Hashable, str] = {}  # why a resource was not free, or '', when we looked last
+        self.between: Callable[[], None] = lambda: None  # what to do between two questions that can take seconds
         self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
+        self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
+        self._several_at = 0.0  # when to try to get several at once again
         self.poller = Poller(self)
-        self.completed, self.failed, self.cancelled = self.poller.ended.values()
+        self.completed, self.failed, self.cancelled = self.poller.tally.ended.values()
 
     # What a resource is: for a subclass to say.
 
@@ -838,7 +975,9 @@ class ResourcePoolBase:
         A subclass adds its own test to `super().is_available(ident)`. Before a script starts it is asked while nobody
         else can ask, so what it finds cannot be changed by another poller.
         """
-        return ident not in self._locks and self._is_unlocked(ident)
+        if ident not in self._locks:
+            self.reasons[ident] = self.place(ident).why_locked()
+        return ident not in self._locks and not self.reasons[ident]
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return the variables that a script on `ids` (mostly one) gets in addition to those of the poller."""
@@ -848,13 +987,9 @@ class ResourcePoolBase:
         """Return how many resources `script` needs at once."""
         return 1
 
-    def lock_path(self, ident: Any) -> Path:
-        """Return the lock file of `ident`: here in the queue, and one per host, since the locks are."""
-        return self.path / f'.{self.queue.host}-{ident}.lock'.replace('/', '_')
-
-    def place(self, ident: Any) -> tuple[int, int]:
-        """Return what `ident` is of its lock file: all of it, or one place of many."""
-        return ALL
+    def place(self, ident: Any) -> Place:
+        """Return where the lock of `ident` is: in a file here in the queue, one per host, since the locks are."""
+        return Place(os.path.join(self.path, f'.{self.queue.host}-{ident}.lock'.replace('/', '_')))
 
     # Who has it.
 
@@ -864,21 +999,34 @@ class ResourcePoolBase:
 
     def unlock(self, *ids: Any) -> None:
         """Give the locks of `ids` back, also if a daemon that a script left behind still has their files open."""
-        for fd in self._forget(ids):
-            lock_bytes(fd, (0, 0), fcntl.F_UNLCK)
-            os.close(fd)
+        for ident in ids:
+            if ident in self._locks:
+                self.place(ident).unlock(self._locks[ident])
+        self.drop(*ids)
 
     def drop(self, *ids: Any) -> None:
         """Close our files of the locks of `ids`: whoever inherited them, if anybody did, still holds them."""
-        for fd in self._forget(ids):
-            os.close(fd)
+        for ident in ids:
+            if ident in self._locks:
+                os.close(self._locks.pop(ident))
+                self._ask_at.pop(self.place(ident).path, None)  # perhaps that is all that the next script needs
+                self._several_at = 0.0
 
-    def held(self, *ids: Any) -> list[int]:
+    def held(self) -> list[Any]:
+        """Return the resources that we hold."""
+        return list(self._locks)
+
+    def lend(self, *ids: Any) -> list[int]:
         """Return the files that hold `ids`, for a script to inherit. Raises FastgpuError if one cannot be locked."""
         for ident in ids:
             if ident not in self._locks and not self.lock(ident):
                 raise FastgpuError(f'{self.kind} {ident} {self.reasons.get(ident) or "busy"}')
         return [self._locks[ident] for ident in ids]
+
+    def sign(self, ids: Iterable[Any], text: str) -> None:
+        """Write into the lock files of `ids`, which we hold, what they are held for, for whoever waits for them."""
+        for ident in ids:
+            self.place(ident).write_note(self._locks[ident], text)
 
     def find_next(self) -> Any:
         """Return the first resource that is available, or None."""
@@ -886,11 +1034,17 @@ class ResourcePoolBase:
 
     def lock_next(self) -> Any:
         """Lock the first resource that is available; return it, or None where there is none."""
+        self._ask_at.clear()
         return next(iter(self.lock_some(1)), None)
 
     def lock_some(self, number: int) -> list[Any]:
-        """Lock so many of the resources that are available, on as many lock files; all of them or none."""
+        """Lock so many of the resources that are available, on as many lock files; all of them or none.
+
+        What nobody has and was not available, is asked about once a second at most.
+        """
         ids: list[Any] = []
+        if number > 1 and time.monotonic() < self._several_at:
+            return ids
         left = [ident for ident in self.all_ids() if ident not in self._locks]
         try:
             # Stop as soon as it cannot be done: two pollers that each hold a part would wait for each other.
@@ -899,10 +1053,12 @@ class ResourcePoolBase:
                 if self._take(ident, self.is_available):
                     ids.append(ident)
                     if number > 1:
-                        left = [other for other in left if self.lock_path(other) != self.lock_path(ident)]
+                        left = [other for other in left if self.place(other).path != self.place(ident).path]
         finally:
             if len(ids) < number:
                 self.unlock(*ids)
+                # For a time of our own, so that those who each got a part of what they want do not meet again.
+                self._several_at = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
         return ids if len(ids) == number else []
 
     def look(self, ident: Any) -> dict[str, Any]:
@@ -911,30 +1067,27 @@ class ResourcePoolBase:
             return {'state': 'free', 'reason': None}
         state, _, reason = (self.reasons.get(ident) or 'busy').partition(': ')
         if reason.startswith('runs '):
-            reason += f' for {duration(time.time() - os.stat(self.lock_path(ident)).st_mtime)}'
+            reason += f' for {duration(time.time() - os.stat(self.place(ident).path).st_mtime)}'
         return {'state': state, 'reason': reason}
-
-    def _is_unlocked(self, ident: Any) -> bool:
-        """Return whether nobody has `ident`, and note who does."""
-        self.reasons[ident] = why_locked(self.lock_path(ident), self.place(ident))
-        return not self.reasons[ident]
 
     def _take(self, ident: Any, test: Callable[[Any], bool] | None = None) -> bool:
         """Lock `ident` if nobody has it and it passes the `test`; one poller at a time may ask that."""
-        path, place = self.lock_path(ident), self.place(ident)
-        fd = -1
+        place, fd = self.place(ident), -1
         try:
-            if not self._is_unlocked(ident):
-                return False
-            fd = open_lock(path)
-            if not lock_file(fd, path, ASKING):
-                return False
-            if test and not test(ident):
-                self.retry_at = time.monotonic() + LOOK_AROUND
-            elif lock_bytes(fd, place):
-                write_note(fd, place)  # what it says of whoever had it before is no longer so
-                lock_bytes(fd, ASKING, fcntl.F_UNLCK)
-                self._locks[ident] = fd
+            fd = open_lock(place.path)
+            who = place.holder(fd)
+            if who:
+                self.reasons[ident] = f'busy: {who}'
+            elif test and time.monotonic() < self._ask_at.get(place.path, 0):
+                return False  # what was the reason then is still the reason
+            elif place.asking.lock(fd):
+                self.reasons[ident] = ''
+                if test and not test(ident):
+                    self._ask_at[place.path] = time.monotonic() + LOOK_AROUND
+                elif place.lock(fd):
+                    place.write_note(fd, f'taken by {user_name(os.getuid())} (pid {os.getpid()})')
+                    place.asking.unlock(fd)
+                    self._locks[ident] = fd
             return ident in self._locks
         except OSError as error:
             self.reasons[ident] = f'unusable: {explain(error)}'
@@ -942,10 +1095,6 @@ class ResourcePoolBase:
         finally:
             if fd >= 0 and self._locks.get(ident) != fd:
                 os.close(fd)
-
-    def _forget(self, ids: Iterable[Any]) -> list[int]:
-        """Return the files that hold those of `ids` that we hold, which we no longer do as far as we know."""
-        return [self._locks.pop(ident) for ident in ids if ident in self._locks]
 
     # Running scripts on them.
 
@@ -966,7 +1115,7 @@ class ResourcePoolBase:
         `interrupt`. What runs at an exception goes on, and is filed by the next call or the next poller.
 
         Returns 0 if all ended well, 1 if a script failed or was left in to_run, 128+N if it was stopped by signal N.
-        Raises OSError where the queue cannot be read.
+        Raises OSError where the queue cannot be read, FastgpuError where there are no locks.
         """
         return self.poller.poll_scripts(poll_interval, exit_when_empty)
 
@@ -993,406 +1142,6 @@ class FixedWorkerPool(ResourcePoolBase):
         return self.worker_ids
 
 
-# --- Poller: the loop, from to_run to complete and fail ---------------------------------------------------------------
-
-class Poller:
-    """Runs the scripts of a queue on the resources of a pool, and files those of others that have ended."""
-
-    def __init__(self, pool: ResourcePoolBase) -> None:
-        self.pool, self.queue = pool, pool.queue
-        self.runs: dict[str, Run] = {}  # what runs or is to be filed, by name
-        self.ended: dict[str, list[str]] = {'complete': [], 'fail': [], 'cancelled': []}  # since `began`
-        self.signals: list[int] = []
-        self.said: dict[Hashable, str] = {}  # what was last logged about what, see `say`
-        self.unfit: dict[Hashable, str] = {}  # why a script in to_run, as long as it is the same file, can never start
-        self.cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
-        self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
-        self.names: list[str] = []  # what is left of the last list of to_run, backwards
-        self.passed: dict[str, str] = {}  # what of that list was passed over, and why
-        self.list_at = 0.0  # when the next one is due at the earliest
-        self.changed = 0  # the time stamp of to_run when it was made
-        self.look_at = self.start_at = self.ask_at = 0.0  # when to look around, start scripts, ask for resources again
-        self.filed_at = 0.0
-        self.stop_at: float | None = None
-        self.began = time.time()
-        self.busy_seconds = 0.0  # of all resources together, since then
-        self.seconds = 0.0  # that the runs took that have ended since then
-
-    def poll_scripts(self, poll_interval: float, exit_when_empty: bool) -> int:
-        """Do what `ResourcePoolBase.poll_scripts` says."""
-        self.began, self.busy_seconds, self.seconds = time.time(), 0.0, 0.0
-        for names in self.ended.values():
-            names.clear()
-        self.changed, self.list_at, self.look_at = 0, 0.0, 0.0
-        alive = -1
-        try:
-            self.list_scripts()
-            with contextlib.suppress(OSError):
-                alive = open_lock(self.queue.alive)
-                lock_bytes(alive, ALL, fcntl.F_RDLCK)
-            while not self.turn(exit_when_empty):
-                log.bottom(self.progress())
-                self.sleep(poll_interval)
-        finally:
-            log.bottom('')
-            if alive >= 0:
-                os.close(alive)
-        return self.sum_up(time.time() - self.began)
-
-    def turn(self, exit_when_empty: bool) -> bool:
-        """Look once at all there is, and do what is to be done; return whether that was all."""
-        freed = self.release()
-        idle = self.is_idle()
-        looked = time.monotonic() >= self.look_at
-        if looked:
-            self.look_around()
-        # The next scripts start before those that have ended are filed, so that no resource waits for that.
-        self.start(hurry=freed)
-        self.file()
-        if self.signals:
-            return self.stop()
-        if self.runs or self.has_waiting() or not exit_when_empty:
-            return False
-        if not (idle and looked):
-            self.look_at = 0.0  # end only after one more look around, which may requeue something
-        return idle and looked
-
-    def sleep(self, seconds: float) -> None:
-        """Wait until a script of ours ends, but no longer than so many seconds."""
-        waiter = select.poll()
-        for run in self.runs.values():
-            if run.is_alive and run.pidfd >= 0:
-                waiter.register(run.pidfd, select.POLLIN)
-        waiter.poll(seconds * 1000 if self.look_at else 0)
-
-    # What waits in to_run.
-
-    def list_scripts(self) -> None:
-        """List to_run if that is due. Raises OSError.
-
-        To list a long queue takes longer than to start a script of it. So a list serves for six times as long as it
-        took to make, and to the next look around while the folder seems unchanged: its time stamp is too coarse to
-        tell each change.
-        """
-        began = time.monotonic()
-        if began < self.list_at:
-            return
-        changed = os.stat(self.queue.to_run).st_mtime_ns
-        if changed == self.changed and not self.passed:
-            return
-        self.names = names_in(self.queue.to_run)[::-1]
-        self.passed.clear()
-        self.changed = changed
-        self.list_at = began + 7 * (time.monotonic() - began)
-
-    def has_waiting(self) -> bool:
-        """Return whether something in to_run waits for a resource, or only for a moment."""
-        return bool(self.names) or FRESH in self.passed.values() or ENDING in self.passed.values()
-
-    def start(self, hurry: bool) -> None:
-        """Start what can be started.
-
-        In a `hurry`, because a resource just became free, to_run is listed only if nothing is left of the last list.
-        """
-        while self.start_at <= time.monotonic() < self.look_at and not self.signals:
-            if not (hurry and self.names):
-                self.list_scripts()
-            name = self.next_script()
-            if name is None:
-                return
-            try:
-                if not self.start_one(name):
-                    return
-                self.names.pop()
-                self.said.pop(name, None)
-            except FastgpuError as error:
-                self.unfit[name, file_mark(self.queue.to_run / name)] = str(error)
-            except OSError as error:
-                self.cannot_start(name, explain(error))
-
-    def next_script(self) -> str | None:
-        """Return the name of the first script in to_run that can start; pass those over that cannot, and say why."""
-        while self.names:
-            name = self.names[-1]
-            reason = condition(f'{self.queue.to_run}/{name}') or self.why_unfit(name)
-            # A person who moves a running script back to to_run ends that run, and it starts anew when that has ended.
-            if not reason and any(name in (run.name, run.script) and (run.kill_at or run.taken_out())
-                                  for run in self.runs.values()):
-                reason = ENDING
-            if not reason:
-                return name
-            self.names.pop()
-            if reason == IGNORED:
-                continue
-            self.passed[name] = reason
-            path = shown(near(self.queue.to_run / name))
-            if reason == NOT_EXECUTABLE:
-                self.say(name, f'{path} waits for its chmod +x')
-            elif reason not in (FRESH, ENDING):
-                self.say(name, f'{path} cannot run: {reason}')
-        return None
-
-    def why_unfit(self, name: str) -> str:
-        """Return why the script `name` of to_run can never start, '' where nothing is known or the file is another."""
-        return self.unfit.get((name, file_mark(self.queue.to_run / name)), '') if self.unfit else ''
-
-    def start_one(self, name: str) -> bool:
-        """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
-        pool = self.pool
-        if time.monotonic() < self.ask_at:
-            return False
-        number = pool.demand(self.queue.to_run / name)
-        most = len(set(map(pool.lock_path, pool.all_ids()))) if number > 1 else 1
-        if number > most:
-            reason = f'{shown(name)} asks for {number} {pool.kind}s, and there {"are" if most != 1 else "is"} {most}'
-            self.say(name, reason)
-            self.run(name, (), refusal=reason)
-            return True
-        ids = pool.lock_some(number)
-        if self.signals:  # a driver can take seconds for its answers
-            pool.unlock(*ids)
-            return False
-        for ident in pool.all_ids():
-            if not pool.reasons.get(ident):
-                self.said.pop((pool.kind, ident), None)
-            elif not ids:
-                self.say((pool.kind, ident), f'{self.where([ident])} {pool.reasons[ident]}')
-        if ids:
-            self.run(name, ids)
-            return True
-        self.ask_at = pool.retry_at
-        if number > 1:
-            self.say(name, f'{shown(name)} waits for {number} {pool.kind}s at once, and all behind it wait too')
-            # For a time of our own, so that pollers that each got a part of what they want do not meet again.
-            self.ask_at = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
-        return False
-
-    def cannot_start(self, name: str, reason: str) -> None:
-        """Say that a script cannot be started now, and start none for a while."""
-        self.say('/start', f'cannot start {shown(name)} now: {reason}; trying again')
-        self.start_at = time.monotonic() + LOOK_AROUND
-
-    # The life of a script: it is claimed and launched, what it held is released, and it is filed.
-
-    def run(self, script: StrPath, ids: Sequence[Any], refusal: str = '') -> bool:
-        """Do what `ResourcePoolBase.run` says; with a `refusal` a shell that prints that and fails in its place."""
-        pool = self.pool
-        taken = [ident for ident in ids for run in self.runs.values() if ident in run.held]
-        if taken:
-            raise FastgpuError(f'{self.where(taken)} is in use')
-        run = None
-        try:
-            locks = pool.held(*ids)
-            environment = {'PYTHONUNBUFFERED': '1', **os.environ, **pool.environment(*ids)}
-            run = self.queue.claim(os.path.basename(script), pool.kind, ids)
-            if not run:
-                return False
-            self.runs[run.name] = run  # even if a KeyboardInterrupt comes now, it is seen to
-            refuse = ['/bin/sh', '-c', 'echo "fastgpu: $1" >&2; exit 1', 'fastgpu', refusal]
-            run.launch(refuse if refusal else [*pool.wrapper, run.path], locks, environment)
-        except OSError:
-            if run:
-                del self.runs[run.name]
-                run.unclaim()
-            raise
-        finally:
-            if not (run and run.process):
-                pool.drop(*ids)
-        run.held, run.is_new = ids, True
-        for ident, fd in zip(ids, locks):
-            write_note(fd, pool.place(ident),
-                       f'runs {run.name} of user {os.getuid()} (pid {run.record["pid"]}, {self.queue.path})')
-        return True
-
-    def release(self) -> bool:
-        """Give back what those scripts of ours held that have ended; return whether that was anything."""
-        freed = False
-        for run in self.runs.values():
-            run.kill()
-            if not (run.process and run.is_alive) or run.process.poll() is None:
-                continue
-            code = run.process.returncode
-            if run.pidfd >= 0:
-                os.close(run.pidfd)
-            if code >= 0:
-                self.pool.unlock(*run.held)
-                self.cuts.pop(run.script, None)
-                run.status = code
-            else:
-                # Its shim was killed before it could write. Its script may live: when its locks end is for the kernel,
-                # and from here on it is a run that we found. One that kills its own group each time would go round
-                # for ever: the second time counts as its end.
-                self.pool.drop(*run.held)
-                run.close_record()
-                run.process = None
-                self.cuts[run.script] = self.cuts.get(run.script, 0) + (run.kill_at is None)
-                run.status = 128 - code if self.cuts[run.script] > 1 else None
-            run.held = ()  # from here on they may be another run's
-            self.ask_at = 0.0  # perhaps that is all that the next script needs
-            freed = True
-        return freed
-
-    def look_around(self) -> None:
-        """See to all runs in running/, whoever started them, and list to_run even if it seems unchanged."""
-        for name in names_in(self.queue.running):
-            self.runs.setdefault(name, Run(self.queue, name))
-        self.file(others=True)
-        self.changed = 0
-        if not self.runs:
-            self.list_at = 0.0  # before the end, a script that came just now is not to be overlooked
-        self.list_scripts()
-        self.look_at = time.monotonic() + LOOK_AROUND
-
-    def file(self, others: bool = False) -> None:
-        """File the runs that have ended, and end those that a person took out of running/; `others`: not only ours."""
-        self.filed_at = time.monotonic()
-        for run in list(self.runs.values()):
-            if not run.process and not others:
-                continue
-            if run.is_new:
-                run.is_new = False
-                log(f'{self.where(run.ids)}: start {shown(run.name)}')
-            try:
-                done = self.see_to(run)
-            except OSError as error:
-                self.say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
-                with contextlib.suppress(OSError):
-                    setup_dirs(self.queue.path)  # one of them may be gone
-                continue
-            if done:
-                run.close_record()
-                del self.runs[run.name]
-
-    def keep_up(self) -> None:
-        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer."""
-        if time.monotonic() > self.filed_at + 0.1:
-            self.release()
-            self.file()
-
-    def see_to(self, run: Run) -> bool:
-        """Do for a run what its state asks for; return whether there is nothing more to do. Raises OSError."""
-        state = run.state()
-        if state == ENDED:
-            return self.settle(run)
-        if state == RUNS and not run.kill_at and run.taken_out() and run.shim() and run.exit_code()[0] is None:
-            log(f'{self.where(run.ids)}: cancel {shown(run.name)}, taken out of running')
-            run.terminate('cancelled')
-        self.many_hosts |= state == ELSEWHERE
-        if self.is_idle() and os.path.lexists(run.path):
-            self.say(run.path, run.advice(state))
-        return state != RUNS
-
-    def is_idle(self) -> bool:
-        """Return whether there is nothing to do for us but to wait for the runs of others."""
-        return not (self.has_waiting() or self.signals or any(run.process for run in self.runs.values()))
-
-    def settle(self, run: Run) -> bool:
-        """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
-        if run.status == NOT_STARTED and last_line(run.out('stderr')) == NO_PROCESS:
-            self.cannot_start(run.name, 'no process to be had for it')
-            run.unclaim()
-            return True
-        code, finished = run.exit_code()
-        age = time.time() - finished
-        if not run.process and not lock_file(run.fd, run.out('json')) and age <= OVERDUE:
-            return False  # another poller is about to
-        # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier than to
-        # us: what it ended goes back to to_run.
-        if (code or run.status) and not run.record.keys() & {'cancelled', 'finished'}:
-            if self.stopping() and age < 1:
-                run.record['stopped'] = True
-            elif code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
-                return False  # too early to tell
-        folder, text = run.settle(code, finished)
-        if text:
-            log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
-        if folder in self.ended:
-            self.ended[folder].append(run.name)
-            self.seconds += run.seconds()
-        self.busy_seconds += run.seconds(self.began) * len(run.ids)
-        return True
-
-    # Signals.
-
-    def stopping(self) -> bool:
-        """Return whether scripts are to be stopped, not only no more to be started."""
-        return bool(self.signals) and self.signals != [signal.SIGINT]
-
-    def stop(self) -> bool:
-        """Do what the signals so far ask for; return whether it is done."""
-        # Ours that run; one that has ended and cannot be filed now is for the next poller.
-        alive = [run for run in self.runs.values() if run.is_alive]
-        if not self.stopping():
-            if alive and '/stop' not in self.said:
-                self.say('/stop', f'interrupted: waiting for {count(len(alive), "script")}; Ctrl-C again stops them')
-            return not alive
-        first = self.stop_at is None
-        if self.stop_at is None:
-            self.stop_at = time.monotonic()
-            if alive:
-                log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
-        for run in alive:
-            if run.kill_at is None and run.exit_code()[0] is None:
-                run.terminate('stopped')
-        self.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
-        alive += [run for run in self.runs.values() if not run.process and run.kill_at is not None]
-        return not (first or alive) or time.monotonic() > self.stop_at + 2 * GRACE
-
-    # Words.
-
-    def where(self, ids: Iterable[Any]) -> str:
-        """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
-        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {",".join(map(str, ids)) or "-"}')
-
-    def say(self, about: Hashable, text: str) -> None:
-        """Log `text` unless it is what was last said about this, but for amounts of memory, which always change.
-
-        `about` is a resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
-        """
-        gist = re.sub(r'[0-9.]+ [MG]iB', '', text)
-        if self.said.get(about) != gist:
-            self.said[about] = gist
-            log(text)
-
-    def sum_up(self, seconds: float) -> int:
-        """Log what was done and what was left; return the exit status."""
-        pool, failed = self.pool, self.ended['fail']
-        left = scripts_in(self.queue.to_run)
-        if not self.signals:
-            for name, reason in left.items():
-                log(f'left in to_run: {shown(name)} ({reason or self.why_unfit(name) or "new"})')
-        done = sum(map(len, self.ended.values()))
-        if done or left:
-            log(f'{shown(self.queue.host)}: ' * self.many_hosts + f'{count(done, "script")} in {duration(seconds)}: '
-                + ', '.join(f'{len(names)} {how}' for how, names in self.ended.items() if names or how != 'cancelled')
-                + f', {len(left)} left in to_run' * bool(left))
-        else:
-            log(f'nothing to run in {shown(self.queue.to_run)}')
-        if done:
-            share = min(1.0, self.busy_seconds / max(0.001, seconds) / len(list(pool.all_ids())))
-            log(f'{duration(self.busy_seconds)} of {pool.kind} time used, {pool.kind}s busy {share:.0%} of the time')
-        if failed:
-            more = f' and {len(failed) - 10} more' * (len(failed) > 10)
-            log(f'failed: {shown(shlex.join(failed[:10]))}{more}', alarm=True)
-        if self.signals:
-            return 128 + self.signals[-1]
-        return 1 if failed or left else 0
-
-    def progress(self) -> str:
-        """Return in one line how far this poller is."""
-        done, running = sum(map(len, self.ended.values())), len(self.runs)
-        waiting = 0 if self.signals else len(self.names)
-        failed = f'done ({len(self.ended["fail"])} failed)'
-        if not (running or waiting):
-            return f'{done} {failed}, waiting for scripts'
-        text = f'{done}/{done + running + waiting} {failed}, {running} running'
-        if done and running:
-            now = time.time()
-            seconds = self.seconds + sum(now - run.record.get('started', now) for run in self.runs.values())
-            text += f', about {duration(time_left(seconds / (done + running), waiting, running))} left'
-        return text
-
-
 # --- GPUs: what the driver says of them, and which of them nobody uses ----------------------------------------------
 
 class GpuError(Exception):
@@ -1409,6 +1158,9 @@ class Gpu:
     def __init__(self, index: int, uuid: str = '', model: str = '', parent: str = '', error: str = '') -> None:
         self.index, self.uuid, self.model, self.parent, self.error = index, uuid, model, parent, error
         self.ident: Any = index  # what CUDA is told, and people
+
+    def __repr__(self) -> str:
+        return f'<Gpu {self.index} {self.uuid or self.error}>'
 
 
 class Nvml:
@@ -1689,58 +1441,58 @@ class ResourcePoolGPU(ResourcePoolBase):
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
         gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
-        self._lock_folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
-        if not os.path.isabs(self._lock_folder):
+        folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
+        if not os.path.isabs(folder):
             raise FastgpuError('FASTGPU_LOCK_DIR has to be the same for all: give it an absolute path')
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
-        # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
-        self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
+        self._driver_gone = False
+        self._gpus: dict[Any, Gpu] = {}
+        self._places: dict[Any, Place] = {}
+        for n in range(per_gpu):  # places on GPU 3 are 3 itself, then 3.1, 3.2: first one script on each, then a second
+            for gpu in gpus:
+                ident = f'{gpu.ident}.{n}' if n else gpu.ident
+                whole = Place(os.path.join(folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_')))
+                self._gpus[ident] = gpu
+                self._places[ident] = whole._replace(first=n, number=1) if per_gpu > 1 else whole
 
     def all_ids(self) -> list[Any]:
         """Return the GPUs: their numbers, in NVML's order or in that of CUDA_VISIBLE_DEVICES, or UUIDs."""
-        return list(self._places)
+        return list(self._gpus)
 
     def demand(self, script: StrPath) -> int:
         """Return how many GPUs the script asks for. Raises FastgpuError where it asks for no number of them."""
         return gpus_wanted(script)
 
-    def lock_path(self, ident: Any) -> Path:
-        """Return the lock file of a GPU, which all users of the host share."""
-        return Path(self._lock_folder, f'fastgpu-{self._places[ident][0].uuid}.lock'.replace('/', '_'))
-
-    def place(self, ident: Any) -> tuple[int, int]:
-        """Return the place on the GPU; a script that shares it with no other has them all."""
-        return (self._places[ident][1], 1) if self.per_gpu > 1 else ALL
+    def place(self, ident: Any) -> Place:
+        """Return where the lock is, in a file that all users of the host share: one place on a GPU, or all of it."""
+        return self._places[ident]
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return FASTGPU_ID and what makes CUDA see these GPUs alone, counted as NVML counts."""
-        gpus = ','.join(str(self._places[ident][0].ident) for ident in ids)
+        gpus = ','.join(str(self._gpus[ident].ident) for ident in ids)
         return {'FASTGPU_ID': gpus, 'CUDA_VISIBLE_DEVICES': gpus, 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
 
     def is_available(self, ident: Any) -> bool:
-        """Return whether nobody has the GPU, and the driver says that it is free. Where it is not, the log tells why.
-
-        Between the questions it files what has ended, since a driver can take seconds for an answer.
-        """
+        """Return whether nobody has the GPU, and the driver says that it is free; if not, `reasons` has the reason."""
         if not super().is_available(ident):
             return False
-        gpu = self._places[ident][0]
+        gpu = self._gpus[ident]
         try:
             used, total = self._driver.memory(gpu)
-            self.poller.keep_up()
+            self.between()
             pids = self._driver.pids(gpu)
-            self.poller.keep_up()
-            if self.poller.said.pop('/driver', None):
-                self._welcome_back()
-            shared = why_locked(self.lock_path(ident))  # by scripts that have other places on it
+            self.between()
+            self._driver_is_there()
         except DriverError as error:
-            self.poller.say('/driver', f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
+            if not self._driver_gone:
+                log(f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
+            self._driver_gone = True
             return False
         except GpuError as error:
             self.reasons[ident] = f'unusable: {shown(error)}'
             return False
-        if shared:
+        if self.per_gpu > 1 and self.place(ident).whole.why_locked():  # by scripts that have other places on it
             busy = total - used < total / self.per_gpu
             rule = f'; one more script needs {memory_text(total / self.per_gpu)} of {memory_text(total)} free'
         else:
@@ -1751,22 +1503,465 @@ class ResourcePoolGPU(ResourcePoolBase):
             self.reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
         return not busy
 
-    def _welcome_back(self) -> None:
-        """Tell that the driver is back, and name the GPUs by UUID if it counts them in another way now."""
+    def _driver_is_there(self) -> None:
+        """Tell it if the driver was gone, and name the GPUs by UUID if it counts them in another way now."""
+        if not self._driver_gone:
+            return
+        self._driver_gone = False
         log('the NVIDIA driver is back')
         numbers = {gpu.uuid: gpu.index for gpu in self._driver.gpus()}
-        gpus = [gpu for gpu, _ in self._places.values()]
-        if any(numbers.get(gpu.uuid) != gpu.index for gpu in gpus):
-            for gpu in gpus:
+        if any(numbers.get(gpu.uuid) != gpu.index for gpu in self._gpus.values()):
+            for gpu in self._gpus.values():
                 gpu.ident = gpu.uuid
 
     def look(self, ident: Any) -> dict[str, Any]:
         """Return whether a GPU is free, why if not, its model and its memory."""
-        gpu = self._places[ident][0]
+        gpu = self._gpus[ident]
         seen: dict[str, Any] = {'model': gpu.model, 'memory_used': None, 'memory_total': None, **super().look(ident)}
         with contextlib.suppress(GpuError):
             seen['memory_used'], seen['memory_total'] = map(round, self._driver.memory(gpu))
         return seen
+
+
+# --- Poller: the loop, from to_run to complete and fail ---------------------------------------------------------------
+
+class News:
+    """What was last logged about what, so that nothing is said twice."""
+
+    def __init__(self) -> None:
+        self._said: dict[Hashable, str] = {}
+
+    def say(self, about: Hashable, text: str) -> None:
+        """Log `text` unless it is what was last said about this, but for amounts, which always change.
+
+        `about` is a resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
+        """
+        gist = re.sub(r'[0-9.]+ ([MG]iB|scripts?)', '', text)
+        if self._said.get(about) != gist:
+            self._said[about] = gist
+            log(text)
+
+    def forget(self, about: Hashable) -> None:
+        """Say what there is to say about this again, when it comes up again."""
+        self._said.pop(about, None)
+
+
+class Pending:
+    """What waits in to_run: which script is next, and what cannot start and why."""
+
+    def __init__(self, folder: Path, news: News) -> None:
+        self.folder, self.news = folder, news
+        self.names: list[str] = []  # what is left of the last list, backwards
+        self.passed: dict[str, str] = {}  # what of that list was passed over, and why
+        self._unfit: dict[Hashable, str] = {}  # why a script, as long as it is the same file, can never start
+        self._changed = 0  # the time stamp of the folder when it was listed
+        self._list_at = 0.0  # when it may be listed again
+
+    def __bool__(self) -> bool:
+        """Whether something waits for a resource, or only for a moment."""
+        return bool(self.names) or FRESH in self.passed.values() or ENDING in self.passed.values()
+
+    def update(self, hurry: bool = False) -> None:
+        """List to_run if that is due; in a `hurry` only if nothing is left of the last list. Raises OSError.
+
+        To list a long queue takes longer than to start a script of it. So a list serves for six times as long as it
+        took to make, and to the next `look_around` while the folder seems unchanged: its time stamp is too coarse to
+        tell each change.
+        """
+        if (hurry and self.names) or time.monotonic() < self._list_at:
+            return
+        if self.passed or os.stat(self.folder).st_mtime_ns != self._changed:
+            self.look()
+
+    def look(self) -> None:
+        """List to_run. Raises OSError."""
+        began = time.monotonic()
+        self._changed = os.stat(self.folder).st_mtime_ns
+        self.names = names_in(self.folder)[::-1]
+        self.passed.clear()
+        self._list_at = began + 7 * (time.monotonic() - began)
+
+    def first(self, ending: Callable[[str], bool]) -> str | None:
+        """Return the first script that can start; pass those over that cannot, and say why.
+
+        That is also one whose last run is only `ending`.
+        """
+        while self.names:
+            name = self.names[-1]
+            reason = self.condition(name) or ENDING * ending(name)
+            if not reason:
+                return name
+            self.names.pop()
+            if reason == IGNORED:
+                continue
+            self.passed[name] = reason
+            path = shown(near(self.folder / name))
+            if reason == NOT_EXECUTABLE:
+                self.news.say(name, f'{path} waits for its chmod +x')
+            elif reason not in (FRESH, ENDING):
+                self.news.say(name, f'{path} cannot run: {reason}')
+        return None
+
+    def condition(self, name: str) -> str:
+        """Return what keeps a script from being run: nothing (''), or the reason in a few words."""
+        reason = condition(f'{self.folder}/{name}')
+        return reason or (self._unfit.get((name, file_mark(self.folder / name)), '') if self._unfit else '')
+
+    def pop(self) -> None:
+        """Take the first script off the list, since it runs, or is gone."""
+        self.news.forget(self.names.pop())
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Pass a script over that can never run, until it is another file."""
+        self._unfit[name, file_mark(self.folder / name)] = reason
+
+    def left(self) -> dict[str, str]:
+        """Return the names of what is in to_run now, each with what keeps it from being run. Raises OSError."""
+        return {name: self.condition(name) for name in scripts_in(self.folder)}
+
+
+class Tally:
+    """What one call of `poll_scripts` did: which scripts ended, how, and how long they took."""
+
+    def __init__(self) -> None:
+        self.ended: dict[str, list[str]] = {'complete': [], 'fail': [], 'cancelled': []}
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew."""
+        self.began = time.time()
+        self.seconds = 0.0  # that the scripts took that have ended
+        self.busy_seconds = 0.0  # that resources were used since then, all of them together
+        for names in self.ended.values():
+            names.clear()
+
+    def add(self, run: Run, folder: str) -> None:
+        """Count a run that was settled, and is in the `folder` now."""
+        if folder in self.ended:
+            self.ended[folder].append(run.name)
+            self.seconds += run.seconds()
+        self.busy_seconds += run.seconds(self.began) * len(run.ids)
+
+    def done(self) -> int:
+        """Return how many scripts have ended."""
+        return sum(map(len, self.ended.values()))
+
+    def progress(self, runs: Iterable[Run], waiting: int) -> str:
+        """Return in one line how far this is, while these `runs` run."""
+        started = [run.record.get('started', time.time()) for run in runs]
+        done, running = self.done(), len(started)
+        failed = f'done ({len(self.ended["fail"])} failed)'
+        if not (running or waiting):
+            return f'{done} {failed}, waiting for scripts'
+        text = f'{done}/{done + running + waiting} {failed}, {running} running'
+        if done and running:
+            seconds = self.seconds + sum(time.time() - then for then in started)
+            text += f', about {duration(time_left(seconds / (done + running), waiting, running))} left'
+        return text
+
+    def summary(self, kind: str, number: int, left: int) -> list[str]:
+        """Return in lines what was done on `number` resources of a `kind`, where so many scripts are `left`."""
+        seconds = time.time() - self.began
+        counts = ', '.join(f'{len(names)} {how}' for how, names in self.ended.items() if names or how != 'cancelled')
+        counts += f', {left} left in to_run' * bool(left)
+        lines = [f'{count(self.done(), "script")} in {duration(seconds)}: {counts}']
+        if self.done():
+            share = min(1.0, self.busy_seconds / max(0.001, seconds) / number)
+            lines.append(f'{duration(self.busy_seconds)} of {kind} time used, {kind}s busy {share:.0%} of the time')
+        return lines
+
+
+class Poller:
+    """Runs the scripts of a queue on the resources of a pool, and files those of others that have ended."""
+
+    def __init__(self, pool: ResourcePoolBase) -> None:
+        self.pool, self.queue = pool, pool.queue
+        self.news = News()
+        self.pending = Pending(self.queue.to_run, self.news)
+        self.tally = Tally()
+        self.runs: dict[str, Run] = {}  # what runs or is to be filed, by name
+        self.signals: list[int] = []
+        self.cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
+        self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
+        self.look_at = 0.0  # when to look around again
+        self.start_at = 0.0  # when to start scripts again, when the machine could not
+        self.collected_at = 0.0
+        self.stop_at: float | None = None  # when we began to stop scripts
+        pool.between = self.keep_up
+
+    def poll_scripts(self, poll_interval: float, exit_when_empty: bool) -> int:
+        """Do what `ResourcePoolBase.poll_scripts` says."""
+        self.tally.restart()
+        self.look_at = 0.0
+        self.lent = self.pool.held()
+        try:
+            with self.queue.announced():
+                while True:
+                    freed = self.release()
+                    if time.monotonic() >= self.look_at:
+                        self.look_around()
+                    self.start(hurry=freed)  # before what has ended is filed: no resource waits for that
+                    self.collect()
+                    if self.stop() if self.signals else exit_when_empty and self.is_finished():
+                        break
+                    log.bottom(self.tally.progress(self.runs.values(), 0 if self.signals else len(self.pending.names)))
+                    self.sleep(poll_interval)
+            assert not self.loose(), f'held, and for no script: {self.loose()}'
+        finally:
+            log.bottom('')
+            self.pool.drop(*self.loose())
+        return self.sum_up()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait until a script of ours ends, but no longer than so many seconds."""
+        waiter = select.poll()
+        for run in self.runs.values():
+            if run.shim.runs_for_us and run.shim.pidfd >= 0:
+                waiter.register(run.shim.pidfd, select.POLLIN)
+        waiter.poll(seconds * 1000)
+
+    def is_finished(self) -> bool:
+        """Return whether there is nothing to do, nor after one more look around, which may put something back."""
+        if self.runs or self.pending:
+            return False
+        self.look_around()
+        return self.pending.first(self.is_ending) is None and not (self.runs or self.pending)
+
+    def loose(self) -> list[Any]:
+        """Return the resources that we locked and that no script of ours runs on."""
+        used = {ident for run in self.runs.values() for ident in run.held}
+        return [ident for ident in self.pool.held() if ident not in used and ident not in self.lent]
+
+    # What there is to do, in the order of the loop.
+
+    def release(self) -> bool:
+        """Give back what those scripts of ours held that have ended; return whether that was anything."""
+        freed = False
+        for run in self.runs.values():
+            run.shim.kill_rest()
+            code = run.shim.reap()
+            if code is None:
+                continue
+            if code >= 0:
+                self.pool.unlock(*run.held)
+                self.cuts.pop(run.script, None)
+            else:
+                # When its locks end is for the kernel, and from here on it is a run that we found. One that kills its
+                # own group each time would go round for ever: the second time counts as its end.
+                self.pool.drop(*run.held)
+                run.record.close()
+                self.cuts[run.script] = self.cuts.get(run.script, 0) + (run.shim.kill_at is None)
+                run.shim.status = 128 - code if self.cuts[run.script] > 1 else None
+                self.look_at = min(self.look_at, time.monotonic() + 0.2)  # by then, what was killed with it is dead
+            run.held = ()  # from here on they may be another run's
+            freed = True
+        return freed
+
+    def look_around(self) -> None:
+        """See to all runs in running/, whoever started them, and list to_run even if it seems unchanged."""
+        for name in names_in(self.queue.running):
+            self.runs.setdefault(name, Run(self.queue, name))
+        self.collect(others=True)
+        self.pending.look()
+        self.look_at = time.monotonic() + LOOK_AROUND
+
+    def start(self, hurry: bool) -> None:
+        """Start what can be started, in a `hurry` because a resource just became free."""
+        while self.start_at <= time.monotonic() < self.look_at and not self.signals:
+            self.pending.update(hurry)
+            name = self.pending.first(self.is_ending)
+            if name is None:
+                return
+            try:
+                if not self.start_one(name):
+                    return
+                self.pending.pop()
+            except FastgpuError as error:
+                self.pending.refuse(name, str(error))
+            except OSError as error:
+                self.cannot_start(name, explain(error))
+
+    def collect(self, others: bool = False) -> None:
+        """File the runs that have ended, and see to those of `others` and to what a person took out of running/."""
+        self.collected_at = time.monotonic()
+        for run in list(self.runs.values()):
+            if not (run.shim.process or others):
+                continue
+            if run.is_new:
+                run.is_new = False
+                log(f'{self.where(run.ids)}: start {shown(run.name)}')
+            try:
+                done = self.finish(run) if run.state() == ENDED else others and self.see_to(run)
+            except OSError as error:
+                self.news.say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
+                with contextlib.suppress(OSError):
+                    setup_dirs(self.queue.path)  # one of them may be gone
+                continue
+            if done:
+                run.record.close()
+                del self.runs[run.name]
+
+    def keep_up(self) -> None:
+        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer."""
+        if time.monotonic() > self.collected_at + 0.1:
+            self.release()
+            self.collect()
+
+    # One script.
+
+    def is_ending(self, name: str) -> bool:
+        """Return whether `name` is of a run that a person moved back to to_run: it starts anew when that has ended."""
+        return any(name in (run.name, run.script) and (run.shim.kill_at is not None or run.is_taken_out())
+                   for run in self.runs.values())
+
+    def start_one(self, name: str) -> bool:
+        """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
+        pool = self.pool
+        number = pool.demand(self.queue.to_run / name)
+        most = len({pool.place(ident).path for ident in pool.all_ids()}) if number > 1 else 1
+        if number > most:
+            reason = f'{shown(name)} asks for {number} {pool.kind}s, and there {"are" if most != 1 else "is"} {most}'
+            self.news.say(name, reason)
+            self.run(name, (), refusal=reason)
+            return True
+        ids = pool.lock_some(number)
+        if self.signals:  # a driver can take seconds for its answers
+            pool.unlock(*ids)
+            return False
+        for ident in pool.all_ids():
+            if not pool.reasons.get(ident):
+                self.news.forget((pool.kind, ident))
+            elif not ids:
+                self.news.say((pool.kind, ident), f'{self.where([ident])} {pool.reasons[ident]}')
+        if ids:
+            self.run(name, ids)
+        elif number > 1:
+            self.news.say(name, f'{shown(name)} waits for {number} {pool.kind}s at once, and all behind it wait too')
+        return bool(ids)
+
+    def cannot_start(self, name: str, reason: str) -> None:
+        """Say that a script cannot be started now, and start none for a while."""
+        self.news.say('/start', f'cannot start {shown(name)} now: {reason}; trying again')
+        self.start_at = time.monotonic() + LOOK_AROUND
+
+    def run(self, script: StrPath, ids: Sequence[Any], refusal: str = '') -> bool:
+        """Do what `ResourcePoolBase.run` says; with a `refusal` a shell that prints that and fails in its place."""
+        pool = self.pool
+        taken = [ident for ident in ids for run in self.runs.values() if ident in run.held]
+        if taken:
+            raise FastgpuError(f'{self.where(taken)} is in use')
+        run = None
+        try:
+            locks = pool.lend(*ids)
+            environment = {'PYTHONUNBUFFERED': '1', **os.environ, **pool.environment(*ids)}
+            run = self.queue.claim(os.path.basename(script), pool.kind, ids)
+            if not run:
+                return False
+            self.runs[run.name] = run  # even if a KeyboardInterrupt comes now, it is seen to
+            refuse = ['/bin/sh', '-c', 'echo "$0" >&2; exit 1', refusal]
+            run.launch(refuse if refusal else [*pool.wrapper, run.path], locks, environment)
+            run.held = ids
+            pool.sign(ids, f'runs {run.name} of {user_name(os.getuid())} (pid {run.shim.pid}, {self.queue.path})')
+            return True
+        except OSError:
+            if run:
+                del self.runs[run.name]
+                run.unclaim()
+            raise
+        finally:
+            if not (run and run.held):
+                pool.drop(*ids)
+
+    def see_to(self, run: Run) -> bool:
+        """Do for a run that has not ended what it asks for; return whether it is none of ours. Raises OSError."""
+        state = run.state()
+        if state == RUNS and run.shim.kill_at is None and run.exit_code()[0] is None:
+            if run.is_taken_out() and run.shim.is_alive():
+                log(f'{self.where(run.ids)}: cancel {shown(run.name)}, taken out of running')
+                run.terminate('cancelled')
+            elif not run.shim.process and run.shim.was_killed_alone():
+                run.mark('shim_killed')
+        self.many_hosts |= state == ELSEWHERE
+        busy = self.pending or self.signals or any(run.shim.process for run in self.runs.values())
+        if not busy and os.path.lexists(run.path):  # there is nothing to do for us but to wait for it
+            self.news.say(run.path, run.advice(state))
+        return state != RUNS
+
+    def finish(self, run: Run) -> bool:
+        """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
+        code, finished = run.exit_code()
+        age = time.time() - finished
+        if not (run.shim.process or run.record.lock() or age > OVERDUE):
+            return False  # another poller is about to
+        # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier than to
+        # us: what it ended goes back to to_run.
+        if (code or run.shim.status) and not run.record.keys() & {'cancelled', 'finished'}:
+            if self.stopping() and age < 1:
+                run.record['stopped'] = True
+            elif code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
+                return False  # too early to tell
+        if run.shim.process and not run.was_started():
+            self.cannot_start(run.name, 'no process to be had for it')
+            run.unclaim()
+            return True
+        folder, text = run.settle(code, finished)
+        if text:
+            log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
+        self.tally.add(run, folder)
+        return True
+
+    # Signals.
+
+    def stopping(self) -> bool:
+        """Return whether scripts are to be stopped, not only no more to be started."""
+        return bool(self.signals) and self.signals != [signal.SIGINT]
+
+    def stop(self) -> bool:
+        """Do what the signals so far ask for; return whether it is done."""
+        # Ours that run; one that has ended and cannot be filed now is for the next poller.
+        alive = [run for run in self.runs.values() if run.shim.runs_for_us]
+        if not self.stopping():
+            if alive:
+                scripts = count(len(alive), 'script')
+                self.news.say('/stop', f'interrupted: waiting for {scripts}; Ctrl-C again stops them')
+            return not alive
+        first = self.stop_at is None
+        if self.stop_at is None:
+            self.stop_at = time.monotonic()
+            if alive:
+                log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
+        for run in alive:
+            if run.shim.kill_at is None and run.exit_code()[0] is None:
+                run.terminate('stopped')
+        self.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
+        alive += [run for run in self.runs.values() if not run.shim.process and run.shim.kill_at is not None]
+        return not (first or alive) or time.monotonic() > self.stop_at + 2 * GRACE
+
+    # Words.
+
+    def where(self, ids: Iterable[Any]) -> str:
+        """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
+        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {",".join(map(str, ids)) or "-"}')
+
+    def sum_up(self) -> int:
+        """Log what was done and what was left; return the exit status."""
+        failed, left = self.tally.ended['fail'], self.pending.left()
+        if not self.signals:
+            for name, reason in left.items():
+                log(f'left in to_run: {shown(name)} ({reason or "new"})')
+        if self.tally.done() or left:
+            lines = self.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left))
+            log(f'{shown(self.queue.host)}: ' * self.many_hosts + lines[0])
+            for line in lines[1:]:
+                log(line)
+        else:
+            log(f'nothing to run in {shown(self.queue.to_run)}')
+        if failed:
+            more = f' and {len(failed) - 10} more' * (len(failed) > 10)
+            log(f'failed: {shown(shlex.join(failed[:10]))}{more}', alarm=True)
+        if self.signals:
+            return 128 + self.signals[-1]
+        return 1 if failed or left else 0
 
 
 # --- Status: what there is to see, for everybody who may read the folders -------------------------------------------
@@ -1779,7 +1974,7 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     queue = pool.queue
     waiting = scripts_in(queue.to_run)
     names = {folder.name: names_in(folder) for folder in (queue.running, queue.complete, queue.fail)}
-    alive = bool(why_locked(queue.alive))
+    alive = bool(queue.alive.why_locked())
     rows = {f'{pool.kind} {ident}': {'kind': pool.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None,
                                      **pool.look(ident)} for ident in pool.all_ids()}
     runs, elsewhere = [], []
@@ -1816,8 +2011,8 @@ def look_at_run(queue: Queue, name: str) -> tuple[dict[str, Any], str]:
     run, state, user = Run(queue, name), LOST, None
     with contextlib.suppress(OSError):
         state = run.state()
-        user = user_name(os.fstat(run.fd).st_uid)
-    run.close_record()
+        user = user_name(os.fstat(run.record.fd).st_uid)
+    run.record.close()
     record, seconds = run.record, None
     with contextlib.suppress(KeyError, TypeError):  # no record, or an edited one
         seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)

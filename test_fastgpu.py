@@ -29,7 +29,15 @@ from pathlib import Path
 import pytest
 
 import fastgpu
-from fastgpu import FastgpuError, FixedWorkerPool, ResourcePoolBase, ResourcePoolGPU, find_next_script, safe_rename
+from fastgpu import (
+    FastgpuError,
+    FixedWorkerPool,
+    Place,
+    ResourcePoolBase,
+    ResourcePoolGPU,
+    find_next_script,
+    safe_rename,
+)
 
 for signum in signal.SIGINT, signal.SIGQUIT:  # ignored in what a shell has put into the background
     signal.signal(signum, signal.default_int_handler)
@@ -37,6 +45,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as by nohup
 
 MODULE = Path(fastgpu.__file__)
 FOLDERS = 'to_run', 'running', 'complete', 'fail'
+USER = fastgpu.user_name(os.getuid())
 
 
 # --- Help for the tests: a queue, its pollers, and waiting for something ----------------------------------------------
@@ -248,10 +257,17 @@ def test_safe_rename_never_overwrites(tmp_path):
 
 # --- Locks ------------------------------------------------------------------------------------------------------------
 
-def take_lock(path, place=fastgpu.ALL):
-    """Return a descriptor that holds a place in a lock file, None where somebody else does."""
+def take_lock(path, *place):
+    """Return a descriptor that holds a place in a lock file, by default the whole; None where somebody else does."""
     fd = fastgpu.open_lock(path)
-    return fd if fastgpu.lock_file(fd, path, place) else os.close(fd)
+    return fd if Place(path, *place).lock(fd) else os.close(fd)
+
+
+def why_locked(path, *place):
+    return Place(path, *place).why_locked()
+
+
+NOT_OURS = 'locked, and not by fastgpu (fuser -v {} tells by whom)'
 
 
 def test_a_lock_is_held_by_one_and_dropped_with_its_descriptor(tmp_path):
@@ -267,21 +283,24 @@ def test_a_lock_is_held_by_one_and_dropped_with_its_descriptor(tmp_path):
 
 def test_the_places_in_a_lock_file_are_held_by_one_each_and_all_of_them_by_one(tmp_path):
     path = tmp_path / 'l.lock'
-    assert fastgpu.why_locked(path) == ''
+    assert why_locked(path) == ''
     assert not path.exists()
-    one, two = take_lock(path, (0, 1)), take_lock(path, (1, 1))
-    assert take_lock(path, (1, 1)) is None
+    one, two = take_lock(path, 0, 1), take_lock(path, 1, 1)
+    assert take_lock(path, 1, 1) is None
     assert take_lock(path) is None
-    assert fastgpu.why_locked(path, (2, 1)) == ''
-    fastgpu.write_note(two, (1, 1), 'runs b.sh')
+    assert why_locked(path, 2, 1) == ''
+    Place(path, 1, 1).write_note(two, 'runs b.sh')
     os.close(one)
-    assert fastgpu.why_locked(path) == fastgpu.why_locked(path, (1, 1)) == 'busy: runs b.sh'
+    assert why_locked(path) == why_locked(path, 1, 1) == 'busy: runs b.sh'
     os.close(two)
     everything = take_lock(path)
-    assert take_lock(path, (7, 1)) is None
-    assert take_lock(path, fastgpu.ASKING) is not None
-    assert fastgpu.why_locked(path, (7, 1)) == f'busy: locked, {path}'
+    assert take_lock(path, 7, 1) is None
+    asking = fastgpu.open_lock(path)
+    assert Place(path, 7, 1).asking.lock(asking)
+    assert why_locked(path, 7, 1) == 'busy: ' + NOT_OURS.format(path)
     os.close(everything)
+    assert why_locked(path) == ''  # nobody has it because somebody asks
+    os.close(asking)
 
 
 def test_a_lock_is_inherited_and_given_back_by_whoever_holds_it(tmp_path):
@@ -290,24 +309,24 @@ def test_a_lock_is_inherited_and_given_back_by_whoever_holds_it(tmp_path):
     child = subprocess.Popen(['sleep', '1000'], pass_fds=[fd])
     other = fastgpu.open_lock(path)
     os.close(fd)
-    assert not fastgpu.lock_file(other, path)
+    assert not Place(path).lock(other)
     child.kill()
     child.wait()
-    assert fastgpu.lock_file(other, path)
+    assert Place(path).lock(other)
     child = subprocess.Popen(['sleep', '1000'], pass_fds=[other])
-    fastgpu.lock_bytes(other, fastgpu.ALL, fcntl.F_UNLCK)
+    Place(path).unlock(other)
     assert take_lock(path) is not None
     child.kill()
     child.wait()
 
 
-def test_a_lock_file_can_be_opened_by_all_users_whatever_the_umask(tmp_path):
+def test_a_lock_file_can_be_opened_by_all_users_whatever_the_umask_and_is_not_cleaned_away(tmp_path):
     old = os.umask(0o077)
     try:
         os.close(take_lock(tmp_path / 'l.lock'))
     finally:
         os.umask(old)
-    assert stat.S_IMODE((tmp_path / 'l.lock').stat().st_mode) == 0o666
+    assert stat.S_IMODE((tmp_path / 'l.lock').stat().st_mode) == 0o1666
 
 
 def test_a_deleted_lock_file_is_no_lock(tmp_path):
@@ -315,9 +334,9 @@ def test_a_deleted_lock_file_is_no_lock(tmp_path):
     fd = fastgpu.open_lock(path)
     path.unlink()
     path.touch()
-    assert not fastgpu.lock_file(fd, path)
+    assert not Place(path).lock(fd)
     path.unlink()
-    assert not fastgpu.lock_file(fd, path)
+    assert not Place(path).lock(fd)
     os.close(fd)
 
 
@@ -337,25 +356,31 @@ def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
 
 def test_what_a_lock_file_says_of_an_earlier_holder_is_gone_when_it_is_locked(tmp_path):
     pool = FixedWorkerPool([0], tmp_path / 'q')
-    pool.lock_path(0).write_text('runs old.sh of user 0')
+    Path(pool.place(0).path).write_text('runs old.sh of ann')
     assert pool.lock(0)
-    assert fastgpu.why_locked(pool.lock_path(0)) == f'busy: locked, {pool.lock_path(0)}'
+    assert why_locked(pool.place(0).path).startswith('busy: taken by ')
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 def test_a_record_that_a_crash_spoilt_is_none(tmp_path):
-    fd = os.open(tmp_path / 'r.json', os.O_RDWR | os.O_CREAT)
+    file = tmp_path / 'r.json'
+    record = fastgpu.Record(str(file))
     good = {'script': 'x', 'host': 'h', 'ids': [0], 'started': 1.0}
     spoilt = [{**good, **change} for change in (
         {'script': 1}, {'script': ''}, {'script': '..'}, {'script': '/etc/x'}, {'script': '\ud800'}, {'script': '.x'},
         {'started': None}, {'started': float('nan')}, {'started': 10**400}, {'ids': None}, {'ids': 5}, {'host': None})]
     for text in ['', '{', '[]', '7', 'null', '[' * 100000, '\x00' * 100, *map(json.dumps, spoilt)]:
-        fastgpu.write_all(fd, text)
-        assert fastgpu.read_record(fd) == {}, text
-    fastgpu.write_all(fd, json.dumps(good))
-    assert fastgpu.read_record(fd) == good
-    os.close(fd)
+        file.write_text(text)
+        record.open()
+        assert record == {}, text
+    file.write_text(json.dumps(good))
+    record.open()
+    assert record == good
+    record['ids'] = []  # shorter than before
+    record.save()
+    assert json.loads(file.read_text()) == {**good, 'ids': []}
+    record.close()
 
 
 @pytest.mark.parametrize(('code', 'text'), [(None, 'cut off'), (3, 'status 3'), (137, 'status 137, SIGKILL'),
@@ -471,7 +496,9 @@ def test_a_run_leaves_its_output_its_status_and_its_record(queue):
     assert queue.out('a.sh.stderr') == 'err\n'
     assert queue.out('a.sh.exitcode') == '3'
     record = queue.record('a.sh')
-    assert list(record) == ['script', 'host', 'kind', 'ids', 'started', 'pid', 'finished', 'exitcode']
+    assert list(record) == ['script', 'host', 'boot', 'machine', 'kind', 'ids', 'started', 'pid', 'finished',
+                            'exitcode']
+    assert {key: record[key] for key in ('host', 'boot', 'machine')} == fastgpu.this_host()
     assert [record[key] for key in ('script', 'host', 'ids', 'exitcode')] == ['a.sh', os.uname().nodename, [0], 3]
     assert before - 0.1 <= record['started'] <= record['finished'] <= time.time()
     assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): err \(.*/q/out/a.sh.stderr\)$', log, re.M)
@@ -979,7 +1006,7 @@ def test_a_claim_is_taken_over_when_its_poller_is_dead_and_not_before(queue):
     assert (run.name, other.name) == ('a.sh', 'a-1.sh')
     other.unclaim()
     assert queue.names('out') == ['a.sh.json']
-    os.close(run.fd)
+    run.record.close()
     assert second.claim('a.sh', 'worker', [0]).name == 'a.sh'
     assert queue.names('out') == ['a.sh.json']
 
@@ -1042,19 +1069,24 @@ def test_an_edited_record_does_not_make_its_script_run_twice(queue):
     assert (queue.path / 'ran').read_text() == 'run\n'
 
 
-def on_host(name):
-    """Return the words that start a poller on a host of that name."""
-    words = ['unshare', '--uts', 'sh', '-c', 'hostname "$0" && exec "$@"', name]
+def on_host(name, boot=None):
+    """Return the words that start a poller on a host of that name; the file `boot` has its kernel's boot id."""
+    words = ['unshare', '--uts', '--mount', 'sh', '-c', 'hostname "$0" && '
+             + f'mount --bind {boot} /proc/sys/kernel/random/boot_id && ' * bool(boot) + 'exec "$@"', name]
     if os.getuid() or subprocess.run([*words, 'true'], check=False, capture_output=True).returncode:
-        pytest.skip('cannot make another host name here')
+        pytest.skip('cannot make another host here')
     return (*words, sys.executable, str(MODULE))
 
 
-def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue):
+def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue, tmp_path):
     for n in range(40):
         queue.add(f'{n:02}', f'echo {n} >> {queue.path}/ran')
     queue.add('00', f'echo 0 >> {queue.path}/ran; ' + queue.gate())
-    pollers = [queue.start('--workers', '1', command=on_host(name)) for name in ('one', 'two')]
+    hosts = []
+    for name in 'one', 'two':
+        (tmp_path / name).write_text(f'boot of {name}\n')
+        hosts.append(on_host(name, tmp_path / name))
+    pollers = [queue.start('--workers', '1', command=host) for host in hosts]
     until(lambda: len(queue.names('complete')) == 39)
     owner = ['one', 'two'].index(queue.record('00')['host'])
     other = pollers[1 - owner]
@@ -1063,7 +1095,7 @@ def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(que
     pollers[owner].kill()
     pollers[owner].wait()
     os.killpg(queue.pid('00'), signal.SIGKILL)
-    third = queue.start('--workers', '1', command=on_host(['one', 'two'][1 - owner]))
+    third = queue.start('--workers', '1', command=hosts[1 - owner])
     assert third.wait(30) == 0
     assert queue.names('running') == ['00']
     command = re.search(f'00 runs on {["one", "two"][owner]}; if that host is gone: (mv .*)', third.log())[1]
@@ -1071,6 +1103,40 @@ def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(que
     queue.open_gate()
     assert queue.poll()[0] == 0
     assert sorted(map(int, (queue.path / 'ran').read_text().split())) == sorted([0, *range(40)])
+
+
+def test_a_container_that_is_started_anew_under_another_name_files_what_ended(queue):
+    queue.add('ended.sh', queue.gate('end') + 'exit 3')
+    queue.add('runs.sh', queue.gate())
+    first = queue.start('--workers', '2', command=on_host('before'))
+    for name in 'ended.sh', 'runs.sh':
+        queue.pid(name)
+    first.kill()
+    first.wait()
+    queue.open_gate('end')
+    second = queue.start('--workers', '2', command=on_host('after'))
+    until(lambda: 'waiting for runs.sh, which runs without this poller' in second.log())
+    assert queue.all() == {'ended.sh': 'fail', 'runs.sh': 'running'}
+    queue.open_gate()
+    assert second.wait(30) == 1
+    assert queue.all() == {'ended.sh': 'fail', 'runs.sh': 'complete'}
+
+
+@pytest.mark.parametrize(('change', 'folder'), [
+    ({'boot': 'before'}, 'complete'), ({'boot': 'before', 'host': 'old-name'}, 'running'),
+    ({'boot': 'theirs', 'machine': 'theirs'}, 'running'), ({'boot': 'theirs', 'machine': ''}, 'running'),
+    ({'host': 'old-name', 'machine': 'theirs'}, 'complete')])
+def test_a_run_is_of_the_kernel_that_started_it_or_of_this_machine_before_its_reboot(queue, change, folder):
+    if not fastgpu.this_host()['machine']:
+        pytest.skip('has no machine-id(5)')
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', **fastgpu.this_host(), 'ids': [0], 'started': 1.0, 'pid': 2**22 + 1, **change}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    (queue.path / 'out' / 'a.sh.stdout').touch()
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh' if folder == 'running' else 'a-1.sh': folder}
+    assert ('if that host is gone: mv ' in log) == (folder == 'running')
 
 
 # --- Rule 3: a resource has one owner (for GPUs, see below) -----------------------------------------------------------
@@ -1104,26 +1170,36 @@ def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
     first = queue.start('--workers', '1')
     kill_holding(first, queue, 'a.sh', queue.path)
     second = queue.start('--workers', '1')
-    until(lambda: 'worker 0 busy: runs a.sh of user' in second.log())
+    until(lambda: f'worker 0 busy: runs a.sh of {USER} (pid ' in second.log())
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
     queue.open_gate()
     assert second.wait(30) == 0
     assert queue.record('b.sh')['started'] >= queue.record('a.sh')['finished']
 
 
-def test_a_shim_killed_alone_keeps_its_script_and_its_slot(queue):
-    queue.add('a.sh', 'echo $$; ' + queue.gate())
+def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_again(queue):
+    queue.add('a.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
     queue.add('b.sh')
     poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    until(lambda: (queue.path / 'ran').exists())
     os.kill(queue.pid('a.sh'), signal.SIGKILL)
-    until(lambda: 'worker 0 busy' in poller.log())
+    until(lambda: 'worker 0 busy' in poller.log() and queue.record('a.sh').get('shim_killed'))
     queue.let_look(poller)
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
-    assert 'requeue' not in poller.log()
     queue.open_gate()
-    assert poller.wait(30) == 0
-    assert queue.all() == {'a-1.sh': 'complete', 'b.sh': 'complete'}
+    assert poller.wait(30) == 1
+    assert 'fail a.sh (status unknown, the shell that waits for it was killed, ' in poller.log()
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'complete'}
+    assert (queue.path / 'ran').read_text() == 'run\n'
+
+
+def test_pkill_of_fastgpu_ends_the_poller_and_no_script(queue):
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1')
+    command = Path(f'/proc/{queue.pid("a.sh")}/cmdline').read_bytes().replace(os.fsencode(queue.path), b'')
+    assert b'_job_status' in command
+    assert b'fastgpu' not in command
+    poller.kill()
 
 
 def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
@@ -1189,7 +1265,7 @@ open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
 """
         subprocess.run([sys.executable, '-c', attack], check=True)
         assert take_lock(lock) is None
-        assert fastgpu.why_locked(lock) == r'busy: \x1b[2Jnobody uses this'
+        assert why_locked(lock) == r'busy: \x1b[2Jnobody uses this'
         os.close(fd)
         os.chown(lock, 65534, 65534)  # a file that another user made is as good
         os.chmod(lock, 0o666)
@@ -2105,7 +2181,7 @@ def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
     kill_holding(poller, first, 'a.sh', gpus.locks)
     second.add('b.sh')
     poller = second.start('--exit', '1')
-    until(lambda: f'gpu 0 busy: runs a.sh of user {os.getuid()} (pid ' in poller.log())
+    until(lambda: f'gpu 0 busy: runs a.sh of {USER} (pid ' in poller.log())
     first.open_gate()
     assert poller.wait(30) == 0
 
@@ -2472,7 +2548,7 @@ def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gp
     assert pool.run('a.sh', 0)
     assert pool.lock_some(2) == []  # 1 is free, 2 is not: both are not asked again for a second
     queue.open_gate()
-    until(lambda: pool.poller.turn(False) or pool.completed)
+    until(lambda: pool.poller.release() or pool.poller.collect() or pool.completed)
     assert pool.lock_some(2) == [0, 1]
 
 
@@ -2495,7 +2571,7 @@ def test_more_gpus_than_there_are_fails_at_once_and_says_so(gpus, queue):
     status, log = queue.poll('--exit', '1')
     assert status == 1
     assert queue.all() == {'a.sh': 'fail', 'b.sh': 'to_run', 'c.sh': 'to_run', 'd.sh': 'complete'}
-    assert queue.out('a.sh.stderr') == 'fastgpu: a.sh asks for 5 gpus, and there are 2\n'
+    assert queue.out('a.sh.stderr') == 'a.sh asks for 5 gpus, and there are 2\n'
     assert queue.out('a.sh.exitcode') == '1'
     assert 'a.sh asks for 5 gpus, and there are 2\n' in log
     assert 'left in to_run: b.sh (its line "#SBATCH -G two" does not say how many GPUs)' in log
@@ -2550,7 +2626,7 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     one.unlock(0)
     assert two.lock_next() == 0
     assert one.lock_next() is None
-    assert one.reasons[0].startswith('busy: locked, ')
+    assert re.fullmatch(rf'busy: taken by \S+ \(pid {os.getpid()}\)', one.reasons[0])
     gpus.change(0, used=7000)
     assert two.lock_next() is None
     assert four.lock_next() == '0.1'
@@ -2564,7 +2640,9 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
 def test_run_refuses_a_gpu_that_another_poller_asks_for(gpus, queue):
     queue.add('a.sh')
     pool = ResourcePoolGPU(queue.path)
-    asking = take_lock(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock', fastgpu.ASKING)
+    place = pool.place(0)
+    asking = fastgpu.open_lock(place.path)
+    assert place.asking.lock(asking)
     with pytest.raises(FastgpuError, match='gpu 0 busy'):
         pool.run('a.sh', 0)
     os.close(asking)
@@ -2646,7 +2724,7 @@ def test_a_real_gpu_is_busy_while_a_cuda_job_is_on_it_and_free_right_after(queue
     assert pool.run('a.py', ident)
     until(lambda: queue.has_out('a.py.stdout') or queue.has_out('a.py.stderr'))
     assert queue.out('a.py.stderr') == ''
-    gpu = pool._places[ident][0]
+    gpu = pool._gpus[ident]
     monkeypatch.setenv('FASTGPU_LOCK_DIR', str(tmp_path))  # somebody who knows nothing of our locks
     other = ResourcePoolGPU(tmp_path / 'other')
     assert not other.is_available(ident)
@@ -2775,7 +2853,7 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
         for line in (rf'gpu 0  NVIDIA H100  0.5 of 80.0 GiB  a.sh, {user}, \d+\.\d s',
                      f'gpu 1  NVIDIA H100  4.0 of 80.0 GiB  busy: 4.0 GiB used by pid {2**22 + 1}',
                      'gpu 2 .*unusable: GPU is lost',
-                     r'gpu 3 .* busy: runs theirs.sh of user \d+ \(pid \d+, .*/other\) for \d+\.\d s',
+                     rf'gpu 3 .* busy: runs theirs.sh of {USER} \(pid \d+, .*/other\) for \d+\.\d s',
                      'failed: 4.sh: bad luck \\(.*/out/4.sh.stderr\\)',
                      f'fail 5 · {"a poller is alive on .* · about .* left" if alive else "no poller is alive on .*"}'):
             assert re.search(f'^.*{line}$', text, re.M), (line, text)
@@ -3091,7 +3169,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
             with contextlib.suppress(OSError, ValueError, KeyError):
                 token = re.search('t[0-9]{5}', (self.queue.path / 'running' / name).read_text())[0]
                 pid = self.queue.record(name)['pid']
-                if fastgpu.runs_shim(pid, self.queue.path / 'out' / f'{name}.exitcode'):
+                if f'{name}.exitcode' in Path(f'/proc/{pid}/cmdline').read_text():
                     self.touched.add(token)
                     os.killpg(pid, signal.SIGKILL)
 
@@ -3356,7 +3434,7 @@ def test_bench_on_a_real_gpu(tmp_path, capsys):
         queue.add(f'{number}.py', head=CUDA_JOB.format(python=sys.executable, gate=str(queue.path / 'gate')))
     pool = ResourcePoolGPU(queue.path)
     ident = pool.all_ids()[0]
-    pool._places = {ident: pool._places[ident]}
+    pool._gpus = {ident: pool._gpus[ident]}
     assert pool.poll_scripts() == 0
     records = sorted((queue.record(f'{number}.py') for number in range(10)), key=lambda record: record['started'])
     gaps = [(later['started'] - record['finished']) * 1000 for record, later in zip(records, records[1:])]
