@@ -326,25 +326,19 @@ class Queue:
         elif not os.path.isdir(self.to_run):
             raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
 
-    @contextlib.contextmanager
-    def announced(self) -> Iterator[None]:
-        """Let whoever looks know that a poller of this host is alive, in a `with` block.
+    def announce(self) -> int:
+        """Return a file that lets whoever looks know that a poller of this host is alive, until it is closed.
 
-        Raises FastgpuError where there are no locks: on a kernel before 3.15, or on the file system of the queue.
+        Raises OSError, and FastgpuError where there are no locks: on a kernel before 3.15, on some file systems.
         """
-        fd = -1
+        fd = open_lock(self.alive.path)
         try:
-            try:
-                fd = open_lock(self.alive.path)
-                self.alive.lock(fd, fcntl.F_RDLCK)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE):
-                    raise FastgpuError(f'there are no file locks in {shown(self.path)} ({error.strerror}): a queue '
-                                       'needs a file system that has them, and Linux 3.15 or newer') from None
-            yield
-        finally:
-            if fd >= 0:
-                os.close(fd)
+            self.alive.lock(fd, fcntl.F_RDLCK)
+        except OSError as error:
+            os.close(fd)
+            raise FastgpuError(f'{shown(self.path)}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
+                               'newer, and a file system that has locks') from None
+        return fd
 
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
         """Move `script` from to_run to running, under the first name that no run had yet; None if it is gone.
@@ -377,21 +371,19 @@ def open_lock(path: StrPath) -> int:
 
     Raises OSError, with a reason for people, for anything that is not a lock file: a link, a FIFO.
     """
-    while True:
+    try:
         # Without O_CREAT where it exists: the kernel refuses that for the files of others in a sticky folder
         # (fs.protected_regular in proc(5)).
+        fd = open_quietly(path, os.O_RDWR)
+    except FileNotFoundError:
+        mask = os.umask(0)  # all users of the host share it
         try:
-            fd = open_quietly(path, os.O_RDWR)
-            break
-        except FileNotFoundError:
-            mask = os.umask(0)  # all users of the host share it
-            try:
-                # The sticky bit keeps systemd-tmpfiles from removing it when it is old: tmpfiles.d(5), "Age".
-                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o1666)
-            except FileExistsError:
-                continue
-            finally:
-                os.umask(mask)
+            # The sticky bit keeps systemd-tmpfiles from removing it when it is old: tmpfiles.d(5), "Age".
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o1666)
+        except FileExistsError:  # somebody was faster
+            return open_lock(path)
+        finally:
+            os.umask(mask)
     status = os.fstat(fd)
     # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
@@ -736,8 +728,7 @@ class Run:
     @property
     def ids(self) -> Sequence[Any]:
         """The resources that it has or had, by its record."""
-        ids: Sequence[Any] = self.record.get('ids', '?')
-        return ids
+        return list(self.record.get('ids', '?'))
 
     def out(self, kind: str) -> str:
         """Return its file of that `kind` in out/."""
@@ -788,12 +779,10 @@ class Run:
         """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
         try:
             for kind in ('stdout', 'stderr'):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.out(kind))
+                Path(self.out(kind)).unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 safe_rename(self.path, self.queue.to_run, self.script)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.out('json'))
+            Path(self.out('json')).unlink(missing_ok=True)
         finally:
             self.record.close()
 
@@ -906,34 +895,33 @@ class Run:
         if 'finished' not in record:
             record.update(finished=round(finished, 3), exitcode=code)
             record.save()
-        how, unknown = self.how_it_ended(code)
+        folder, how = self.verdict(code)
         how = f'({how}, {duration(self.seconds())})'
         if not os.path.lexists(self.path):  # cancelled by a person, or filed by another poller
             if record.get('cancelled'):
                 return 'cancelled', f'cancelled {name} {how}'
-            ours = (queue.fail, queue.complete) if self.shim.status is not None else ()
-            return next((folder.name for folder in ours if os.path.lexists(folder / self.name)), ''), ''
-        if code == 0:
-            safe_rename(self.path, queue.complete)
-            return 'complete', f'complete {name} {how}'
-        if record.get('stopped') or (code is None and not unknown):
-            path = safe_rename(self.path, queue.to_run, self.script)
-            return 'to_run', f'requeue {name}' + f' as {shown(path.name)}' * (path.name != self.name) + f' {how}'
-        path = safe_rename(self.path, queue.fail)
-        reason = (missing_interpreter(path) if code == 127 else '') or last_line(self.out('stderr'))
-        return 'fail', f'fail {name} {how}: {remark(reason, self.out("stderr"))}'
+            ours = ('fail', 'complete') if self.shim.status is not None else ()
+            return next((folder for folder in ours if os.path.lexists(queue.path / folder / self.name)), ''), ''
+        path = safe_rename(self.path, queue.path / folder, self.script if folder == 'to_run' else None)
+        text = 'requeue' if folder == 'to_run' else folder
+        text += f' {name}' + f' as {shown(path.name)}' * (path.name != self.name) + f' {how}'
+        if folder == 'fail':
+            reason = (missing_interpreter(path) if code == 127 else '') or last_line(self.out('stderr'))
+            text += f': {remark(reason, self.out("stderr"))}'
+        return folder, text
 
-    def how_it_ended(self, code: int | None) -> tuple[str, bool]:
-        """Return how it ended, in a few words, and whether nobody will ever know."""
+    def verdict(self, code: int | None) -> tuple[str, str]:
+        """Return the folder where a run belongs that ended with the status `code`, and how it ended, in a few words."""
+        stopped = self.record.get('stopped')
         if code is not None:
-            return describe(code), False
+            return 'complete' if code == 0 else 'to_run' if stopped else 'fail', describe(code)
         if os.path.lexists(self.out('exitcode')):  # an empty file is all that the shim could write
-            return 'status unknown, the disk was full', True
-        if self.record.get('stopped') or self.record.get('cancelled'):
-            return 'killed', False
+            return 'to_run' if stopped else 'fail', 'status unknown, the disk was full'
+        if stopped or self.record.get('cancelled'):
+            return 'to_run', 'killed'
         if self.record.get('shim_killed'):
-            return 'status unknown, the shell that waits for it was killed', True
-        return describe(None), False
+            return 'fail', 'status unknown, the shell that waits for it was killed'
+        return 'to_run', describe(None)
 
 
 # --- Pools: which resources there are, and who has them ---------------------------------------------------------------
@@ -960,8 +948,10 @@ class ResourcePoolBase:
         self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
         self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
         self._several_at = 0.0  # when to try to get several at once again
+        self.completed: list[str] = []  # the runs that were filed since `poll_scripts` was called last, by name
+        self.failed: list[str] = []
+        self.cancelled: list[str] = []
         self.poller = Poller(self)
-        self.completed, self.failed, self.cancelled = self.poller.tally.ended.values()
 
     # What a resource is: for a subclass to say.
 
@@ -1441,24 +1431,18 @@ class ResourcePoolGPU(ResourcePoolBase):
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
         gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
-        folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
-        if not os.path.isabs(folder):
+        self._lock_folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
+        if not os.path.isabs(self._lock_folder):
             raise FastgpuError('FASTGPU_LOCK_DIR has to be the same for all: give it an absolute path')
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         self._driver_gone = False
-        self._gpus: dict[Any, Gpu] = {}
-        self._places: dict[Any, Place] = {}
-        for n in range(per_gpu):  # places on GPU 3 are 3 itself, then 3.1, 3.2: first one script on each, then a second
-            for gpu in gpus:
-                ident = f'{gpu.ident}.{n}' if n else gpu.ident
-                whole = Place(os.path.join(folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_')))
-                self._gpus[ident] = gpu
-                self._places[ident] = whole._replace(first=n, number=1) if per_gpu > 1 else whole
+        # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
+        self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
 
     def all_ids(self) -> list[Any]:
         """Return the GPUs: their numbers, in NVML's order or in that of CUDA_VISIBLE_DEVICES, or UUIDs."""
-        return list(self._gpus)
+        return list(self._places)
 
     def demand(self, script: StrPath) -> int:
         """Return how many GPUs the script asks for. Raises FastgpuError where it asks for no number of them."""
@@ -1466,18 +1450,20 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def place(self, ident: Any) -> Place:
         """Return where the lock is, in a file that all users of the host share: one place on a GPU, or all of it."""
-        return self._places[ident]
+        gpu, number = self._places[ident]
+        path = os.path.join(self._lock_folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_'))
+        return Place(path, number, 1) if self.per_gpu > 1 else Place(path)
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return FASTGPU_ID and what makes CUDA see these GPUs alone, counted as NVML counts."""
-        gpus = ','.join(str(self._gpus[ident].ident) for ident in ids)
+        gpus = ','.join(str(self._places[ident][0].ident) for ident in ids)
         return {'FASTGPU_ID': gpus, 'CUDA_VISIBLE_DEVICES': gpus, 'CUDA_DEVICE_ORDER': 'PCI_BUS_ID'}
 
     def is_available(self, ident: Any) -> bool:
         """Return whether nobody has the GPU, and the driver says that it is free; if not, `reasons` has the reason."""
         if not super().is_available(ident):
             return False
-        gpu = self._gpus[ident]
+        gpu = self._places[ident][0]
         try:
             used, total = self._driver.memory(gpu)
             self.between()
@@ -1510,13 +1496,14 @@ class ResourcePoolGPU(ResourcePoolBase):
         self._driver_gone = False
         log('the NVIDIA driver is back')
         numbers = {gpu.uuid: gpu.index for gpu in self._driver.gpus()}
-        if any(numbers.get(gpu.uuid) != gpu.index for gpu in self._gpus.values()):
-            for gpu in self._gpus.values():
+        gpus = [gpu for gpu, _ in self._places.values()]
+        if any(numbers.get(gpu.uuid) != gpu.index for gpu in gpus):
+            for gpu in gpus:
                 gpu.ident = gpu.uuid
 
     def look(self, ident: Any) -> dict[str, Any]:
         """Return whether a GPU is free, why if not, its model and its memory."""
-        gpu = self._gpus[ident]
+        gpu = self._places[ident][0]
         seen: dict[str, Any] = {'model': gpu.model, 'memory_used': None, 'memory_total': None, **super().look(ident)}
         with contextlib.suppress(GpuError):
             seen['memory_used'], seen['memory_total'] = map(round, self._driver.memory(gpu))
@@ -1556,6 +1543,7 @@ class Pending:
         self._unfit: dict[Hashable, str] = {}  # why a script, as long as it is the same file, can never start
         self._changed = 0  # the time stamp of the folder when it was listed
         self._list_at = 0.0  # when it may be listed again
+        self._held_until = 0.0  # when a script may be started again
 
     def __bool__(self) -> bool:
         """Whether something waits for a resource, or only for a moment."""
@@ -1586,7 +1574,7 @@ class Pending:
 
         That is also one whose last run is only `ending`.
         """
-        while self.names:
+        while self.names and time.monotonic() >= self._held_until:
             name = self.names[-1]
             reason = self.condition(name) or ENDING * ending(name)
             if not reason:
@@ -1607,6 +1595,11 @@ class Pending:
         reason = condition(f'{self.folder}/{name}')
         return reason or (self._unfit.get((name, file_mark(self.folder / name)), '') if self._unfit else '')
 
+    def hold(self, name: str, reason: str) -> None:
+        """Say that a script cannot be started now, and let none be for a while."""
+        self.news.say('/start', f'cannot start {shown(name)} now: {reason}; trying again')
+        self._held_until = time.monotonic() + LOOK_AROUND
+
     def pop(self) -> None:
         """Take the first script off the list, since it runs, or is gone."""
         self.news.forget(self.names.pop())
@@ -1625,15 +1618,9 @@ class Tally:
 
     def __init__(self) -> None:
         self.ended: dict[str, list[str]] = {'complete': [], 'fail': [], 'cancelled': []}
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin anew."""
         self.began = time.time()
         self.seconds = 0.0  # that the scripts took that have ended
         self.busy_seconds = 0.0  # that resources were used since then, all of them together
-        for names in self.ended.values():
-            names.clear()
 
     def add(self, run: Run, folder: str) -> None:
         """Count a run that was settled, and is in the `folder` now."""
@@ -1671,87 +1658,36 @@ class Tally:
         return lines
 
 
-class Poller:
-    """Runs the scripts of a queue on the resources of a pool, and files those of others that have ended."""
+class Runs(dict[str, Run]):
+    """The runs that a poller knows, by name: its own, and those that it found; what has ended of them is filed."""
 
-    def __init__(self, pool: ResourcePoolBase) -> None:
-        self.pool, self.queue = pool, pool.queue
-        self.news = News()
-        self.pending = Pending(self.queue.to_run, self.news)
+    def __init__(self, pool: ResourcePoolBase, pending: Pending, signals: list[int], news: News) -> None:
+        super().__init__()
+        self.pool, self.queue, self.pending, self.signals, self.news = pool, pool.queue, pending, signals, news
         self.tally = Tally()
-        self.runs: dict[str, Run] = {}  # what runs or is to be filed, by name
-        self.signals: list[int] = []
-        self.cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
-        self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
         self.look_at = 0.0  # when to look around again
-        self.start_at = 0.0  # when to start scripts again, when the machine could not
-        self.collected_at = 0.0
-        self.stop_at: float | None = None  # when we began to stop scripts
-        pool.between = self.keep_up
-
-    def poll_scripts(self, poll_interval: float, exit_when_empty: bool) -> int:
-        """Do what `ResourcePoolBase.poll_scripts` says."""
-        self.tally.restart()
-        self.look_at = 0.0
-        self.lent = self.pool.held()
-        try:
-            with self.queue.announced():
-                while True:
-                    freed = self.release()
-                    if time.monotonic() >= self.look_at:
-                        self.look_around()
-                    self.start(hurry=freed)  # before what has ended is filed: no resource waits for that
-                    self.collect()
-                    if self.stop() if self.signals else exit_when_empty and self.is_finished():
-                        break
-                    log.bottom(self.tally.progress(self.runs.values(), 0 if self.signals else len(self.pending.names)))
-                    self.sleep(poll_interval)
-            assert not self.loose(), f'held, and for no script: {self.loose()}'
-        finally:
-            log.bottom('')
-            self.pool.drop(*self.loose())
-        return self.sum_up()
-
-    def sleep(self, seconds: float) -> None:
-        """Wait until a script of ours ends, but no longer than so many seconds."""
-        waiter = select.poll()
-        for run in self.runs.values():
-            if run.shim.runs_for_us and run.shim.pidfd >= 0:
-                waiter.register(run.shim.pidfd, select.POLLIN)
-        waiter.poll(seconds * 1000)
-
-    def is_finished(self) -> bool:
-        """Return whether there is nothing to do, nor after one more look around, which may put something back."""
-        if self.runs or self.pending:
-            return False
-        self.look_around()
-        return self.pending.first(self.is_ending) is None and not (self.runs or self.pending)
-
-    def loose(self) -> list[Any]:
-        """Return the resources that we locked and that no script of ours runs on."""
-        used = {ident for run in self.runs.values() for ident in run.held}
-        return [ident for ident in self.pool.held() if ident not in used and ident not in self.lent]
-
-    # What there is to do, in the order of the loop.
+        self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
+        self._collected_at = 0.0
+        self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
 
     def release(self) -> bool:
         """Give back what those scripts of ours held that have ended; return whether that was anything."""
         freed = False
-        for run in self.runs.values():
+        for run in self.values():
             run.shim.kill_rest()
             code = run.shim.reap()
             if code is None:
                 continue
             if code >= 0:
                 self.pool.unlock(*run.held)
-                self.cuts.pop(run.script, None)
+                self._cuts.pop(run.script, None)
             else:
                 # When its locks end is for the kernel, and from here on it is a run that we found. One that kills its
                 # own group each time would go round for ever: the second time counts as its end.
                 self.pool.drop(*run.held)
                 run.record.close()
-                self.cuts[run.script] = self.cuts.get(run.script, 0) + (run.shim.kill_at is None)
-                run.shim.status = 128 - code if self.cuts[run.script] > 1 else None
+                self._cuts[run.script] = self._cuts.get(run.script, 0) + (run.shim.kill_at is None)
+                run.shim.status = 128 - code if self._cuts[run.script] > 1 else None
                 self.look_at = min(self.look_at, time.monotonic() + 0.2)  # by then, what was killed with it is dead
             run.held = ()  # from here on they may be another run's
             freed = True
@@ -1760,16 +1696,136 @@ class Poller:
     def look_around(self) -> None:
         """See to all runs in running/, whoever started them, and list to_run even if it seems unchanged."""
         for name in names_in(self.queue.running):
-            self.runs.setdefault(name, Run(self.queue, name))
+            self.setdefault(name, Run(self.queue, name))
         self.collect(others=True)
         self.pending.look()
         self.look_at = time.monotonic() + LOOK_AROUND
 
+    def collect(self, others: bool = False) -> None:
+        """File the runs that have ended, and see to those of `others` and to what a person took out of running/."""
+        self._collected_at = time.monotonic()
+        for run in list(self.values()):
+            if not (run.shim.process or others):
+                continue
+            if run.is_new:
+                run.is_new = False
+                log(f'{self.where(run.ids)}: start {shown(run.name)}')
+            try:
+                state = run.state()
+                done = self.finish(run) if state == ENDED else others and self.see_to(run, state)
+            except OSError as error:
+                self.news.say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
+                with contextlib.suppress(OSError):
+                    setup_dirs(self.queue.path)  # one of them may be gone
+                continue
+            if done:
+                run.record.close()
+                del self[run.name]
+
+    def keep_up(self) -> None:
+        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer."""
+        if time.monotonic() > self._collected_at + 0.1:
+            self.release()
+            self.collect()
+
+    def see_to(self, run: Run, state: str) -> bool:
+        """Do for a run in a `state` other than ENDED what it asks for; return whether it is no business of ours.
+
+        Raises OSError.
+        """
+        if state == RUNS and run.shim.kill_at is None and run.exit_code()[0] is None:
+            if run.is_taken_out() and run.shim.is_alive():
+                log(f'{self.where(run.ids)}: cancel {shown(run.name)}, taken out of running')
+                run.terminate('cancelled')
+            elif not run.shim.process and run.shim.was_killed_alone():
+                run.mark('shim_killed')
+        self.many_hosts |= state == ELSEWHERE
+        busy = self.pending or self.signals or any(run.shim.process for run in self.values())
+        if not busy and os.path.lexists(run.path):  # there is nothing to do for us but to wait for it
+            self.news.say(run.path, run.advice(state))
+        return state != RUNS
+
+    def finish(self, run: Run) -> bool:
+        """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
+        code, finished = run.exit_code()
+        age = time.time() - finished
+        if not (run.shim.process or run.record.lock() or age > OVERDUE):
+            return False  # another poller is about to
+        # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier than to
+        # us: what it ended goes back to to_run.
+        if (code or run.shim.status) and not run.record.keys() & {'cancelled', 'finished'}:
+            if self.stopping() and age < 1:
+                run.record['stopped'] = True
+            elif code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
+                return False  # too early to tell
+        if run.shim.process and not run.was_started():
+            self.pending.hold(run.name, 'no process to be had for it')
+            run.unclaim()
+            return True
+        folder, text = run.settle(code, finished)
+        if text:
+            log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
+        self.tally.add(run, folder)
+        return True
+
+    def is_ending(self, name: str) -> bool:
+        """Return whether `name` is of a run that a person moved back to to_run: it starts anew when that has ended."""
+        return any(name in (run.name, run.script) and (run.shim.kill_at is not None or run.is_taken_out())
+                   for run in self.values())
+
+    def stopping(self) -> bool:
+        """Return whether scripts are to be stopped, not only no more to be started."""
+        return bool(self.signals) and self.signals != [signal.SIGINT]
+
+    def where(self, ids: Iterable[Any]) -> str:
+        """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
+        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {",".join(map(str, ids)) or "-"}')
+
+
+class Poller:
+    """The loop: takes scripts from to_run, each on a resource of its own, to complete and fail."""
+
+    def __init__(self, pool: ResourcePoolBase) -> None:
+        self.pool, self.queue = pool, pool.queue
+        self.signals: list[int] = []
+        self.news = News()
+        self.pending = Pending(self.queue.to_run, self.news)
+        self.runs = Runs(pool, self.pending, self.signals, self.news)
+        self.lent: list[Any] = []  # the resources that were locked when `poll_scripts` was called
+        self.stop_at: float | None = None  # when we began to stop scripts
+        pool.between = self.runs.keep_up
+
+    def poll_scripts(self, poll_interval: float, exit_when_empty: bool) -> int:
+        """Do what `ResourcePoolBase.poll_scripts` says."""
+        runs, pending = self.runs, self.pending
+        runs.tally = Tally()
+        self.pool.completed, self.pool.failed, self.pool.cancelled = runs.tally.ended.values()
+        runs.look_at = 0.0
+        self.lent = self.pool.held()
+        alive = self.queue.announce()
+        try:
+            while True:
+                freed = runs.release()
+                if time.monotonic() >= runs.look_at:
+                    runs.look_around()
+                self.start(hurry=freed)  # before what has ended is filed: no resource waits for that
+                runs.collect()
+                if self.stop() if self.signals else exit_when_empty and self.is_finished():
+                    break
+                log.bottom(runs.tally.progress(runs.values(), 0 if self.signals else len(pending.names)))
+                self.sleep(poll_interval)
+            assert not self.loose(), f'held, and for no script: {self.loose()}'
+        finally:
+            log.bottom('')
+            os.close(alive)
+            self.pool.drop(*self.loose())
+        return self.sum_up()
+
     def start(self, hurry: bool) -> None:
         """Start what can be started, in a `hurry` because a resource just became free."""
-        while self.start_at <= time.monotonic() < self.look_at and not self.signals:
+        while time.monotonic() < self.runs.look_at and not self.signals:
             self.pending.update(hurry)
-            name = self.pending.first(self.is_ending)
+            name = self.pending.first(self.runs.is_ending)
             if name is None:
                 return
             try:
@@ -1779,40 +1835,7 @@ class Poller:
             except FastgpuError as error:
                 self.pending.refuse(name, str(error))
             except OSError as error:
-                self.cannot_start(name, explain(error))
-
-    def collect(self, others: bool = False) -> None:
-        """File the runs that have ended, and see to those of `others` and to what a person took out of running/."""
-        self.collected_at = time.monotonic()
-        for run in list(self.runs.values()):
-            if not (run.shim.process or others):
-                continue
-            if run.is_new:
-                run.is_new = False
-                log(f'{self.where(run.ids)}: start {shown(run.name)}')
-            try:
-                done = self.finish(run) if run.state() == ENDED else others and self.see_to(run)
-            except OSError as error:
-                self.news.say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
-                with contextlib.suppress(OSError):
-                    setup_dirs(self.queue.path)  # one of them may be gone
-                continue
-            if done:
-                run.record.close()
-                del self.runs[run.name]
-
-    def keep_up(self) -> None:
-        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer."""
-        if time.monotonic() > self.collected_at + 0.1:
-            self.release()
-            self.collect()
-
-    # One script.
-
-    def is_ending(self, name: str) -> bool:
-        """Return whether `name` is of a run that a person moved back to to_run: it starts anew when that has ended."""
-        return any(name in (run.name, run.script) and (run.shim.kill_at is not None or run.is_taken_out())
-                   for run in self.runs.values())
+                self.pending.hold(name, explain(error))
 
     def start_one(self, name: str) -> bool:
         """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
@@ -1832,24 +1855,19 @@ class Poller:
             if not pool.reasons.get(ident):
                 self.news.forget((pool.kind, ident))
             elif not ids:
-                self.news.say((pool.kind, ident), f'{self.where([ident])} {pool.reasons[ident]}')
+                self.news.say((pool.kind, ident), f'{self.runs.where([ident])} {pool.reasons[ident]}')
         if ids:
             self.run(name, ids)
         elif number > 1:
             self.news.say(name, f'{shown(name)} waits for {number} {pool.kind}s at once, and all behind it wait too')
         return bool(ids)
 
-    def cannot_start(self, name: str, reason: str) -> None:
-        """Say that a script cannot be started now, and start none for a while."""
-        self.news.say('/start', f'cannot start {shown(name)} now: {reason}; trying again')
-        self.start_at = time.monotonic() + LOOK_AROUND
-
     def run(self, script: StrPath, ids: Sequence[Any], refusal: str = '') -> bool:
         """Do what `ResourcePoolBase.run` says; with a `refusal` a shell that prints that and fails in its place."""
         pool = self.pool
         taken = [ident for ident in ids for run in self.runs.values() if ident in run.held]
         if taken:
-            raise FastgpuError(f'{self.where(taken)} is in use')
+            raise FastgpuError(f'{self.runs.where(taken)} is in use')
         run = None
         try:
             locks = pool.lend(*ids)
@@ -1872,55 +1890,26 @@ class Poller:
             if not (run and run.held):
                 pool.drop(*ids)
 
-    def see_to(self, run: Run) -> bool:
-        """Do for a run that has not ended what it asks for; return whether it is none of ours. Raises OSError."""
-        state = run.state()
-        if state == RUNS and run.shim.kill_at is None and run.exit_code()[0] is None:
-            if run.is_taken_out() and run.shim.is_alive():
-                log(f'{self.where(run.ids)}: cancel {shown(run.name)}, taken out of running')
-                run.terminate('cancelled')
-            elif not run.shim.process and run.shim.was_killed_alone():
-                run.mark('shim_killed')
-        self.many_hosts |= state == ELSEWHERE
-        busy = self.pending or self.signals or any(run.shim.process for run in self.runs.values())
-        if not busy and os.path.lexists(run.path):  # there is nothing to do for us but to wait for it
-            self.news.say(run.path, run.advice(state))
-        return state != RUNS
+    def is_finished(self) -> bool:
+        """Return whether there is nothing to do, nor after one more look around, which may put something back."""
+        if self.runs or self.pending:
+            return False
+        self.runs.look_around()
+        return self.pending.first(self.runs.is_ending) is None and not (self.runs or self.pending)
 
-    def finish(self, run: Run) -> bool:
-        """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
-        code, finished = run.exit_code()
-        age = time.time() - finished
-        if not (run.shim.process or run.record.lock() or age > OVERDUE):
-            return False  # another poller is about to
-        # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier than to
-        # us: what it ended goes back to to_run.
-        if (code or run.shim.status) and not run.record.keys() & {'cancelled', 'finished'}:
-            if self.stopping() and age < 1:
-                run.record['stopped'] = True
-            elif code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
-                return False  # too early to tell
-        if run.shim.process and not run.was_started():
-            self.cannot_start(run.name, 'no process to be had for it')
-            run.unclaim()
-            return True
-        folder, text = run.settle(code, finished)
-        if text:
-            log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
-        self.tally.add(run, folder)
-        return True
-
-    # Signals.
-
-    def stopping(self) -> bool:
-        """Return whether scripts are to be stopped, not only no more to be started."""
-        return bool(self.signals) and self.signals != [signal.SIGINT]
+    def sleep(self, seconds: float) -> None:
+        """Wait until a script of ours ends, but no longer than so many seconds."""
+        waiter = select.poll()
+        for run in self.runs.values():
+            if run.shim.runs_for_us and run.shim.pidfd >= 0:
+                waiter.register(run.shim.pidfd, select.POLLIN)
+        waiter.poll(seconds * 1000)
 
     def stop(self) -> bool:
         """Do what the signals so far ask for; return whether it is done."""
         # Ours that run; one that has ended and cannot be filed now is for the next poller.
         alive = [run for run in self.runs.values() if run.shim.runs_for_us]
-        if not self.stopping():
+        if not self.runs.stopping():
             if alive:
                 scripts = count(len(alive), 'script')
                 self.news.say('/stop', f'interrupted: waiting for {scripts}; Ctrl-C again stops them')
@@ -1933,25 +1922,24 @@ class Poller:
         for run in alive:
             if run.shim.kill_at is None and run.exit_code()[0] is None:
                 run.terminate('stopped')
-        self.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
+        self.runs.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
         alive += [run for run in self.runs.values() if not run.shim.process and run.shim.kill_at is not None]
         return not (first or alive) or time.monotonic() > self.stop_at + 2 * GRACE
 
-    # Words.
-
-    def where(self, ids: Iterable[Any]) -> str:
-        """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
-        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {",".join(map(str, ids)) or "-"}')
+    def loose(self) -> list[Any]:
+        """Return the resources that we locked and that no script of ours runs on."""
+        used = {ident for run in self.runs.values() for ident in run.held}
+        return [ident for ident in self.pool.held() if ident not in used and ident not in self.lent]
 
     def sum_up(self) -> int:
         """Log what was done and what was left; return the exit status."""
-        failed, left = self.tally.ended['fail'], self.pending.left()
+        failed, left = self.runs.tally.ended['fail'], self.pending.left()
         if not self.signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or "new"})')
-        if self.tally.done() or left:
-            lines = self.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left))
-            log(f'{shown(self.queue.host)}: ' * self.many_hosts + lines[0])
+        if self.runs.tally.done() or left:
+            lines = self.runs.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left))
+            log(f'{shown(self.queue.host)}: ' * self.runs.many_hosts + lines[0])
             for line in lines[1:]:
                 log(line)
         else:

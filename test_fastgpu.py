@@ -2548,7 +2548,7 @@ def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gp
     assert pool.run('a.sh', 0)
     assert pool.lock_some(2) == []  # 1 is free, 2 is not: both are not asked again for a second
     queue.open_gate()
-    until(lambda: pool.poller.release() or pool.poller.collect() or pool.completed)
+    until(pool.poller.runs.release)
     assert pool.lock_some(2) == [0, 1]
 
 
@@ -2724,7 +2724,7 @@ def test_a_real_gpu_is_busy_while_a_cuda_job_is_on_it_and_free_right_after(queue
     assert pool.run('a.py', ident)
     until(lambda: queue.has_out('a.py.stdout') or queue.has_out('a.py.stderr'))
     assert queue.out('a.py.stderr') == ''
-    gpu = pool._gpus[ident]
+    gpu = pool._places[ident][0]
     monkeypatch.setenv('FASTGPU_LOCK_DIR', str(tmp_path))  # somebody who knows nothing of our locks
     other = ResourcePoolGPU(tmp_path / 'other')
     assert not other.is_available(ident)
@@ -3434,7 +3434,7 @@ def test_bench_on_a_real_gpu(tmp_path, capsys):
         queue.add(f'{number}.py', head=CUDA_JOB.format(python=sys.executable, gate=str(queue.path / 'gate')))
     pool = ResourcePoolGPU(queue.path)
     ident = pool.all_ids()[0]
-    pool._gpus = {ident: pool._gpus[ident]}
+    pool._places = {ident: pool._places[ident]}
     assert pool.poll_scripts() == 0
     records = sorted((queue.record(f'{number}.py') for number in range(10)), key=lambda record: record['started'])
     gaps = [(later['started'] - record['finished']) * 1000 for record, later in zip(records, records[1:])]
