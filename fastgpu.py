@@ -16,20 +16,26 @@ are such GPUs. A script that ended with status 0 lies in ./complete, any other i
     import fastgpu
     fastgpu.ResourcePoolGPU('.').poll_scripts()
 
-How it works, and why nothing is lost:
+How it works, and why nothing is lost, in the order in which it happens to a script:
 
-- A script is in exactly one of to_run, running, complete and fail, and nothing but a rename ever moves it.
-- A run reserves its name by creating out/NAME.json with O_EXCL. So two pollers never take the same script, and a
-  name in running, complete, fail and out means one run, for ever: the second run of train.sh is train-1.sh.
-- That record, and a lock file per GPU, are locked with fcntl(2), by locks that belong to the open file. The script
-  inherits them, so they last as long as it does, whatever becomes of the poller, and the kernel drops them when it
-  ends, whatever ended it.
-- When it has ended, the next script starts before it is filed: no GPU waits for that.
-- The script runs under one line of /bin/sh, in a session of its own, which writes the exit status to
-  out/NAME.exitcode even if the poller is dead by then.
-- A name in running whose record nobody locks has therefore ended: with an exit status it is filed in complete or
-  fail, without one it was cut off and goes back to to_run. Any poller of the host does that, again and again if
-  need be: there is no other state, in memory or on disk, that could be wrong.
+- It is in exactly one of to_run, running, complete and fail, and nothing but a rename ever moves it.
+- The first script in to_run gets the first resource that nobody has. Who has a GPU is said by locks in a file that all
+  users of the host share: those of fcntl(2) that belong to an open file. The kernel drops them with the last who has
+  that file open, so none is ever left over; and a file has many, one per byte: a place on the GPU, all of them, or
+  the right to ask the driver whether it is free, so that what it answers stays true until the place is taken.
+- The run reserves its name by creating out/NAME.json with O_EXCL, and locks that record; then the script moves to
+  running. So two pollers never take the same script, and a name in running, complete, fail and out means one run, for
+  ever: the second run of train.sh is train-1.sh.
+- It runs under one line of /bin/sh, in a session of its own, which writes its exit status to out/NAME.exitcode even if
+  the poller is dead by then. Both have the files of the record and of the GPU open: so the locks last as long as the
+  script does, whatever becomes of the poller.
+- When it has ended, its GPU goes to the next script before it is filed: no GPU waits for that.
+- A name in running whose record nobody locks has ended: with an exit status it is filed in complete or fail, without
+  one it was cut off and goes back to to_run. Any poller on the same kernel does that (by the boot id in the record),
+  again and again if need be: there is no other state, in memory or on disk, that could be wrong.
+
+The sections below follow the data: messages, folders, locks, runs, pools of resources, GPUs, the poller with its loop,
+the status, the command.
 """
 from __future__ import annotations
 
@@ -37,6 +43,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -164,9 +171,10 @@ def time_left(mean: float, waiting: int, running: int) -> float:
     return mean * (waiting + running / 2) / max(1, running)
 
 
+@functools.lru_cache(maxsize=None)  # a directory service can take long to answer
 def user_name(uid: int) -> str:
     """Return the name of a user, or the number where there is none."""
-    import pwd  # here, because only `status` needs it
+    import pwd  # here, because only who locks or looks needs it
     with contextlib.suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
     return str(uid)
@@ -2157,6 +2165,9 @@ def main(args: list[str] | None = None) -> int:
             signal.signal(signum, lambda signum, frame: pool.interrupt(signum))
     try:
         return pool.poll_scripts(exit_when_empty=bool(options.exit))
+    except FastgpuError as error:
+        print(f'fastgpu_poll: {error}', file=sys.stderr)
+        return 2
     except OSError as error:
         print(f'fastgpu_poll: {explain(error)}; what runs goes on, and the next fastgpu_poll files it', file=sys.stderr)
         return 1

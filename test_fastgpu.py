@@ -6,6 +6,7 @@ ones under the marker `gpu`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -338,6 +339,31 @@ def test_a_deleted_lock_file_is_no_lock(tmp_path):
     path.unlink()
     assert not Place(path).lock(fd)
     os.close(fd)
+
+
+@pytest.mark.parametrize('number', [errno.EAGAIN, errno.EACCES])
+def test_either_answer_of_the_kernel_that_a_lock_is_held_means_that(tmp_path, monkeypatch, number):
+    def held(fd, command, argument):  # fcntl(2): "fails with EACCES or EAGAIN"
+        raise OSError(number, os.strerror(number))
+
+    with open(fastgpu.open_lock(tmp_path / 'l.lock'), 'r+b') as file:
+        monkeypatch.setattr(fcntl, 'fcntl', held)
+        assert not Place(tmp_path / 'l.lock').lock(file.fileno())
+
+
+def test_who_only_looks_takes_no_turn_from_who_starts(tmp_path):
+    pool = FixedWorkerPool([0], tmp_path / 'q')
+    assert pool.lock(0)
+    pool.unlock(0)
+    look = 'import fastgpu, sys\nwhile True: fastgpu.Place(sys.argv[1]).why_locked()'
+    onlookers = [subprocess.Popen([sys.executable, '-c', look, pool.place(0).path], cwd=MODULE.parent) for _ in '12']
+    until(lambda: all(used_by(each.pid)[0] > 0.2 for each in onlookers))  # they have come past their imports
+    for _ in range(1000):
+        assert pool.lock_next() == 0
+        pool.unlock(0)
+    for each in onlookers:
+        each.kill()
+        each.wait()
 
 
 def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
@@ -1353,6 +1379,29 @@ def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_scri
     queue.open_gate()
     assert pool.poll_scripts() == 0
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_a_slot_is_not_held_after_an_interrupt_between_its_lock_and_the_start(queue):
+    class Interrupted(FixedWorkerPool):
+        def lock_some(self, number):
+            super().lock_some(number)
+            raise KeyboardInterrupt
+
+    queue.add('a.sh')
+    pool = Interrupted([0], queue.path)
+    with pytest.raises(KeyboardInterrupt):
+        pool.poll_scripts()
+    assert FixedWorkerPool([0], queue.path).lock_next() == 0
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_a_pool_keeps_what_its_user_had_locked_before_it_polled(queue):
+    queue.add('a.sh')
+    pool = FixedWorkerPool([0, 1], queue.path)
+    assert pool.lock(0)
+    assert pool.poll_scripts() == 0
+    assert queue.record('a.sh')['ids'] == [1]
+    assert (pool.held(), FixedWorkerPool([0], queue.path).lock_next()) == ([0], None)
 
 
 # --- Rule 5: nothing goes stale ---------------------------------------------------------------------------------------
@@ -2637,6 +2686,16 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     assert one.lock_next() == 0
 
 
+def test_the_driver_is_asked_once_a_second_for_a_gpu_however_many_places_it_has(gpus, queue):
+    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
+    queue.add('a.sh')
+    poller = queue.start('--exit', '0', '--per-gpu', '8')
+    until(lambda: len(gpus.calls('memory')) >= 3)
+    poller.kill()
+    times = [seconds for _, seconds in gpus.calls('memory')]
+    assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.9
+
+
 def test_run_refuses_a_gpu_that_another_poller_asks_for(gpus, queue):
     queue.add('a.sh')
     pool = ResourcePoolGPU(queue.path)
@@ -2983,6 +3042,20 @@ def test_a_queue_in_a_sticky_folder_is_not_refused(queue):
     assert queue.poll()[0] == 0
     queue.path.chmod(0o777)
     assert f'chmod go-w {queue.path}\n' in refused(queue.path)
+
+
+@pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOLCK])
+def test_a_kernel_or_a_file_system_without_locks_is_told_at_the_start_in_one_line(queue, tmp_path, number):
+    queue.add('a.sh')
+    (tmp_path / 'sitecustomize.py').write_text(f"""
+import fcntl, os
+def fcntl_without(*args): raise OSError({number}, os.strerror({number}))
+fcntl.fcntl = fcntl_without
+""")
+    status, log = queue.poll(env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    assert (status, queue.all()) == (2, {'a.sh': 'to_run'})
+    assert log == (f'fastgpu_poll: {queue.path}: no locks there ({os.strerror(number)}): a queue needs Linux 3.15 or '
+                   'newer, and a file system that has locks\n')
 
 
 def test_to_run_and_running_must_be_two_folders(queue):
