@@ -171,7 +171,7 @@ def time_left(mean: float, waiting: int, running: int) -> float:
     return mean * (waiting + running / 2) / max(1, running)
 
 
-@functools.lru_cache(maxsize=None)  # a directory service can take long to answer
+@functools.cache  # a directory service can take long to answer
 def user_name(uid: int) -> str:
     """Return the name of a user, or the number where there is none."""
     import pwd  # here, because only who locks or looks needs it
