@@ -39,27 +39,31 @@ the status, the command.
 """
 from __future__ import annotations
 
-import argparse
-import contextlib
-import errno
-import fcntl
-import functools
-import itertools
-import json
-import os
-import re
-import select
-import shlex
-import shutil
-import signal
-import stat
-import struct
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TextIO, Union
+try:
+    import argparse
+    import contextlib
+    import errno
+    import fcntl
+    import functools
+    import itertools
+    import json
+    import os
+    import re
+    import select
+    import shlex
+    import shutil
+    import signal
+    import stat
+    import struct
+    import subprocess
+    import sys
+    import threading
+    import time
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+    from pathlib import Path
+    from typing import Any, NamedTuple, TextIO, Union
+except KeyboardInterrupt:  # Ctrl-C before there is anything to stop
+    raise SystemExit(130) from None
 
 __version__ = '0.1.0'
 __all__ = ['FastgpuError', 'FixedWorkerPool', 'ResourcePoolBase', 'ResourcePoolGPU', 'find_next_script', 'main',
@@ -79,28 +83,42 @@ class FastgpuError(Exception):
 
 # --- Messages: lines on stderr, safe to print whatever a file is called ---------------------------------------------
 
-def write(stream: TextIO, text: str) -> None:
-    """Write `text` to standard output or standard error, or nothing from then on if nobody reads that any more."""
+def write(stream: TextIO | None, text: str) -> str:
+    """Write `text` to standard output or error, with what its encoding lacks escaped; return why that failed, or ''.
+
+    What nobody reads (EPIPE), or was closed by who started us, is no failure.
+    """
+    if stream is None:
+        return ''
     try:
-        stream.write(text)
+        encoding = stream.encoding or 'utf-8'
+        stream.write(text.encode(encoding, 'backslashreplace').decode(encoding))
         stream.flush()
-    except BrokenPipeError:
+    except OSError as error:
         # What is left in its buffer would fail again when Python ends, and make its exit status 120.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return '' if error.errno == errno.EPIPE else explain(error)
+    return ''
 
 
 class Log:
-    """Lines on stderr, and on a terminal one more below them, which tells how far things are."""
+    """Lines on stderr, and on a terminal one more below them, which tells how far things are.
+
+    They are worth less than the work: what cannot be written at once, since nobody reads, is only counted.
+    """
 
     def __init__(self) -> None:
         self._bottom = ''
+        self._lost = 0
 
     def __call__(self, text: str, alarm: bool = False) -> None:
         """Write `text` and the time, to a file with the date; to a terminal with colours in red if it is an `alarm`."""
         text = f'{time.strftime("%H:%M:%S" if self._terminal() else "%Y-%m-%dT%H:%M:%S")} {text}'
         if alarm and self._terminal() and not os.environ.get('NO_COLOR'):
             text = f'\033[31m{text}\033[0m'
-        self._write(text + '\n')
+        if self._lost and self._write(f'({count(self._lost, "line")} of this log lost: nobody read it)\n'):
+            self._lost = 0
+        self._lost += not self._write(text + '\n')
 
     def bottom(self, text: str) -> None:
         """Make `text` the line below the others, where there is a terminal to keep it there."""
@@ -115,13 +133,20 @@ class Log:
             return sys.stderr.isatty() and os.environ.get('TERM', 'dumb') != 'dumb'
         return False
 
-    def _write(self, lines: str) -> None:
-        """Write `lines` above the line at the bottom. A terminal that is gone is no reason to stop working."""
+    def _write(self, lines: str) -> bool:
+        """Write `lines` above the line at the bottom, if that can be done now; return whether it was."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if self._terminal():
-                width = os.get_terminal_size(sys.stderr.fileno()).columns
-                lines = f'\r\033[K{lines}{self._bottom[:max(0, width - 1)]}'
-            write(sys.stderr, lines)
+                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # some containers tell 0
+                lines = f'\r\033[K{lines}{self._bottom[:width - 1]}'
+            if sys.stderr is not sys.__stderr__ or sys.__stderr__ is None:  # of a notebook, say; or it was closed
+                return not write(sys.stderr, lines)
+            fd = sys.__stderr__.fileno()
+            if select.select([], [fd], [], 0)[1]:
+                # Not by way of its buffer: what that could not write would be tried again when Python ends, and fail.
+                os.write(fd, lines.encode(errors='backslashreplace'))
+                return True
+        return False
 
 
 log = Log()
@@ -199,11 +224,48 @@ def setup_dirs(path: StrPath) -> list[Path]:
     return folders
 
 
-def check_dirs(path: Path, folders: list[Path]) -> None:
-    """Raise FastgpuError, with the remedy, where a queue in `path` with these `folders` could not work or be safe."""
-    for folder in (path, *folders):
+def others_can_write(folder: os.stat_result) -> bool:
+    """Return whether somebody else than its owner can write to a folder: by its mode, but for his own private group.
+
+    That is one of his name without other members, as many systems make for each user, with a umask of 002.
+    """
+    if folder.st_mode & stat.S_IWGRP:
+        import grp  # here, because few need it
+        with contextlib.suppress(KeyError):
+            owner, group = user_name(folder.st_uid), grp.getgrgid(folder.st_gid)
+            return bool(folder.st_mode & stat.S_IWOTH) or owner != group.gr_name or not {*group.gr_mem} <= {owner}
+    return bool(folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def check_safe(path: Path, folders: list[Path]) -> None:
+    """Raise FastgpuError, with the remedy, where others could have their code run by us in a queue in `path`.
+
+    Looks at what is there of it and its `folders`. Logs a warning where they could put another queue in its place.
+    """
+    me, unsafe = os.geteuid(), []
+    for folder in (path, *filter(os.path.isdir, folders)):
+        status = folder.stat()
+        if status.st_uid != me and not (folder == path and status.st_uid == 0):
+            owner, mend = user_name(status.st_uid), f'chown -R {user_name(me)} {shlex.quote(str(path))}'
+            raise FastgpuError(shown(f'{folder} belongs to {owner}: run it as {owner}, or make it yours: {mend}'))
+        # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
+        if others_can_write(status) and not (folder == path and status.st_mode & stat.S_ISVTX):
+            unsafe.append(shlex.quote(str(folder)))
+    if unsafe:
+        mend = f'chmod go-w {" ".join(unsafe)}'
+        raise FastgpuError(shown(f'others could have their code run as you; mend it with: {mend}'))
+    for parent in path.parents:
+        status = parent.stat()
+        if others_can_write(status) and not status.st_mode & stat.S_ISVTX:
+            log(f'warning: others can write to {shown(parent)}, and put another queue in the place of this one')
+
+
+def check_usable(folders: list[Path]) -> None:
+    """Raise FastgpuError, with the remedy, where a queue with these `folders` could not work."""
+    for folder in folders:
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise FastgpuError(f'{shown(folder)}: no permission to write there')
+            raise FastgpuError(f'{shown(folder)}: no permission to write there; mend it with: '
+                               + shown(f'chmod u+rwx {shlex.quote(str(folder))}'))
     for folder in folders[:4]:
         if folder.stat().st_dev != folders[0].stat().st_dev:
             raise FastgpuError(f'{shown(folder)} is on another file system than {shown(folders[0])}: '
@@ -213,13 +275,6 @@ def check_dirs(path: Path, folders: list[Path]) -> None:
                            'make it one of its own')
     if os.statvfs(folders[1]).f_flag & os.ST_NOEXEC:
         raise FastgpuError(f'{shown(folders[1])} is on a file system mounted noexec: no script can run from there')
-    # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
-    sticky = path.stat().st_mode & stat.S_ISVTX
-    open_to_others = [folder for folder in (*([] if sticky else [path]), *folders[:2])
-                      if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)]
-    if open_to_others:
-        names = ' '.join(shlex.quote(str(folder)) for folder in open_to_others)
-        raise FastgpuError('others could have their code run as you; mend it with: ' + shown(f'chmod go-w {names}'))
 
 
 # What keeps a file in to_run from being started, where it is more than something to be told.
@@ -327,11 +382,14 @@ class Queue:
         self.host = self.here['host']
         self.folders = queue_folders(self.path)
         self.to_run, self.running, self.complete, self.fail, self.out = self.folders
-        self.alive = Place(f'{self.path}/.{self.host}.poller')  # which every poller of this host shares
+        self.alive = f'{self.path}/.{self.host}.poller'  # in which each poller of this host locks the byte of its pid
+        self.is_new = not os.path.isdir(self.to_run)
         if not only_look:
+            if self.path.is_dir():
+                check_safe(self.path, self.folders)
             setup_dirs(self.path)
-            check_dirs(self.path, self.folders)
-        elif not os.path.isdir(self.to_run):
+            check_usable(self.folders)
+        elif self.is_new:
             raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
 
     def announce(self) -> int:
@@ -339,14 +397,26 @@ class Queue:
 
         Raises OSError, and FastgpuError where there are no locks: on a kernel before 3.15, on some file systems.
         """
-        fd = open_lock(self.alive.path)
+        fd = open_lock(self.alive)
         try:
-            self.alive.lock(fd, fcntl.F_RDLCK)
+            Place(self.alive, os.getpid(), 1).lock(fd)
         except OSError as error:
             os.close(fd)
             raise FastgpuError(f'{shown(self.path)}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
                                'newer, and a file system that has locks') from None
         return fd
+
+    def pollers(self) -> list[int]:
+        """Return the pids of the pollers of this host that are alive."""
+        pids, ranges = [], [(0, 1 << 22)]  # as many as there can be, proc(5)
+        with contextlib.suppress(OSError), open(open_quietly(self.alive)) as file:
+            while ranges:
+                first, end = ranges.pop()
+                pid = Place(self.alive, first, end - first).locked_byte(file.fileno()) if first < end else None
+                if pid is not None:  # it is one of them, and not always the first
+                    pids.append(pid)
+                    ranges += [(first, pid), (pid + 1, end)]
+        return sorted(pids)
 
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
         """Move `script` from to_run to running, under the first name that no run had yet; None if it is gone.
@@ -451,6 +521,7 @@ class Place(NamedTuple):
         if byte is None:
             return ''
         note = os.pread(fd, NOTE, NOTE * byte).decode('utf-8', 'replace').strip('\0\n ')
+        note = note.replace(f' of {user_name(os.getuid())} (', ' of yours (')
         return shown(note or f'locked, and not by fastgpu (fuser -v {self.path} tells by whom)')
 
     def why_locked(self) -> str:
@@ -511,8 +582,11 @@ def parse_record(text: bytes) -> dict[str, Any]:
         script, started = record['script'], float(record['started'])
         os.fsencode(script)
         if (script == os.path.basename(script) and script[0] != '.' and abs(started) < 1e12
-                and isinstance(record['host'], str) and isinstance(record['ids'], list)):
-            return {**record, 'started': started}
+                and isinstance(record['host'], str) and isinstance(record['ids'], list)
+                and all(isinstance(ident, (str, int, float)) for ident in record['ids'])):
+            pid, finished = record.get('pid', 0), float(record.get('finished', 0))
+            if isinstance(pid, int) and abs(finished) < 1e12:
+                return {**record, 'started': started}
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         pass
     return {}
@@ -551,16 +625,22 @@ def last_line(path: StrPath) -> str:
     return ''
 
 
-def missing_interpreter(script: Path) -> str:
-    """Return a sentence if the first line of `script` names an interpreter that does not exist, else ''.
+def first_line_trouble(script: Path, code: int | None) -> str:
+    """Return what is wrong with the first line of a `script` that failed with the status `code`, and the remedy, or ''.
 
-    The shell says only that the script was not found, which it plainly was. Often it is a carriage return.
+    The shell says only that the script was not found, which it plainly was, or takes Python for a language of its own.
     """
     with contextlib.suppress(OSError), open(script, 'rb') as file:
-        words = file.readline(300).rstrip(b'\n')
-        interpreter = words[2:].strip(b' \t').split(b' ')[0]
-        if words.startswith(b'#!') and not os.path.exists(interpreter):
-            return f'its interpreter {os.fsdecode(interpreter)} does not exist'
+        line = file.readline(300).rstrip(b'\n')
+        if not line.startswith(b'#!'):
+            return 'it has no #! line, so /bin/sh ran it: for Python, begin it with #!/usr/bin/env python3'
+        interpreter = os.fsdecode(line[2:].strip(b' \t').split(b' ')[0])
+        if line.endswith(b'\r'):
+            return f"it has the line ends of Windows: sed -i 's/\\r$//' {shlex.quote(str(script))} mends that"
+        if code == 127 and not os.path.isabs(interpreter):
+            return f'its #! line needs a path: #!/usr/bin/env {interpreter}'
+        if code == 127 and not os.path.exists(interpreter):
+            return f'its interpreter {interpreter} does not exist'
     return ''
 
 
@@ -914,7 +994,7 @@ class Run:
         text = 'requeue' if folder == 'to_run' else folder
         text += f' {name}' + f' as {shown(path.name)}' * (path.name != self.name) + f' {how}'
         if folder == 'fail':
-            reason = (missing_interpreter(path) if code == 127 else '') or last_line(self.out('stderr'))
+            reason = first_line_trouble(path, code) or last_line(self.out('stderr'))
             text += f': {remark(reason, self.out("stderr"))}'
         return folder, text
 
@@ -981,6 +1061,10 @@ class ResourcePoolBase:
         """Return the variables that a script on `ids` (mostly one) gets in addition to those of the poller."""
         return {'FASTGPU_ID': ','.join(map(str, ids))}
 
+    def label(self, ident: Any) -> str:
+        """Return what people call a resource."""
+        return str(ident)
+
     def demand(self, script: StrPath) -> int:
         """Return how many resources `script` needs at once."""
         return 1
@@ -1018,7 +1102,7 @@ class ResourcePoolBase:
         """Return the files that hold `ids`, for a script to inherit. Raises FastgpuError if one cannot be locked."""
         for ident in ids:
             if ident not in self._locks and not self.lock(ident):
-                raise FastgpuError(f'{self.kind} {ident} {self.reasons.get(ident) or "busy"}')
+                raise FastgpuError(f'{self.kind} {self.label(ident)} {self.reasons.get(ident) or "busy"}')
         return [self._locks[ident] for ident in ids]
 
     def sign(self, ids: Iterable[Any], text: str) -> None:
@@ -1258,7 +1342,7 @@ class Nvml:
                 except nvml.NVMLError_NotSupported:
                     if not self._blind:
                         self._blind = True
-                        log(f'gpu {gpu.ident} does not tell its processes: its memory alone says whether it is free')
+                        log(f'gpu {gpu.index} does not tell its processes: its memory alone says whether it is free')
                     return []
         raise GpuError('its list of processes keeps growing')
 
@@ -1380,10 +1464,10 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
     for gpu in chosen:
         gpu.ident = gpu.uuid if by_uuid and gpu.uuid else gpu.index
         if gpu.error:
-            log(f'gpu {gpu.ident} unusable: {gpu.error}')
+            log(f'gpu {gpu.index} unusable: {gpu.error}')
     usable = [gpu for gpu in chosen if not gpu.error]
     if not usable:
-        raise FastgpuError('no GPU is usable: ' + '; '.join(f'gpu {gpu.ident}: {gpu.error}' for gpu in chosen))
+        raise FastgpuError('no GPU is usable: ' + '; '.join(f'gpu {gpu.index}: {gpu.error}' for gpu in chosen))
     return usable
 
 
@@ -1421,9 +1505,9 @@ def memory_text(mib: float) -> str:
 
 
 def process_text(pid: int) -> str:
-    """Return `pid 4121 (python, user 1001)`, or the pid alone where the rest cannot be seen, as in a container."""
+    """Return `pid 4121 (python of ann)`, or the pid alone where the rest cannot be seen, as in a container."""
     with contextlib.suppress(OSError), open(f'/proc/{pid}/comm', errors='replace') as file:
-        return shown(f'pid {pid} ({file.read().strip()}, user {os.stat(f"/proc/{pid}").st_uid})')
+        return shown(f'pid {pid} ({file.read().strip()} of {user_name(os.stat(f"/proc/{pid}").st_uid)})')
     return f'pid {pid}'
 
 
@@ -1442,6 +1526,8 @@ class ResourcePoolGPU(ResourcePoolBase):
         self._lock_folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
         if not os.path.isabs(self._lock_folder):
             raise FastgpuError('FASTGPU_LOCK_DIR has to be the same for all: give it an absolute path')
+        if not os.path.isdir(self._lock_folder):
+            raise OSError(errno.ENOTDIR, 'there is no such folder for the locks (FASTGPU_LOCK_DIR)', self._lock_folder)
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         self._driver_gone = False
@@ -1451,6 +1537,13 @@ class ResourcePoolGPU(ResourcePoolBase):
     def all_ids(self) -> list[Any]:
         """Return the GPUs: their numbers, in NVML's order or in that of CUDA_VISIBLE_DEVICES, or UUIDs."""
         return list(self._places)
+
+    def label(self, ident: Any) -> str:
+        """Return the number of a GPU, also where its ID is the UUID; for a MIG instance, which has none, that."""
+        gpu, number = self._places.get(ident, (None, 0))
+        if gpu is None or gpu.parent:
+            return str(ident)
+        return f'{gpu.index}.{number}' if number else str(gpu.index)
 
     def demand(self, script: StrPath) -> int:
         """Return how many GPUs the script asks for. Raises FastgpuError where it asks for no number of them."""
@@ -1674,6 +1767,7 @@ class Runs(dict[str, Run]):
         self.pool, self.queue, self.pending, self.signals, self.news = pool, pool.queue, pending, signals, news
         self.tally = Tally()
         self.look_at = 0.0  # when to look around again
+        self.left_behind = False  # whether there was one that nobody can file
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         self._collected_at = 0.0
         self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
@@ -1751,6 +1845,7 @@ class Runs(dict[str, Run]):
         busy = self.pending or self.signals or any(run.shim.process for run in self.values())
         if not busy and os.path.lexists(run.path):  # there is nothing to do for us but to wait for it
             self.news.say(run.path, run.advice(state))
+            self.left_behind |= state == LOST
         return state != RUNS
 
     def finish(self, run: Run) -> bool:
@@ -1787,7 +1882,8 @@ class Runs(dict[str, Run]):
 
     def where(self, ids: Iterable[Any]) -> str:
         """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
-        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {",".join(map(str, ids)) or "-"}')
+        which = ','.join(map(self.pool.label, ids)) or '-'
+        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {which}')
 
 
 class Poller:
@@ -1808,10 +1904,14 @@ class Poller:
         runs, pending = self.runs, self.pending
         runs.tally = Tally()
         self.pool.completed, self.pool.failed, self.pool.cancelled = runs.tally.ended.values()
-        runs.look_at = 0.0
+        runs.look_at, self.stop_at = 0.0, None
         self.lent = self.pool.held()
         alive = self.queue.announce()
+        handler = signal.getsignal(signal.SIGINT)
+        ours = handler == signal.default_int_handler and threading.current_thread() is threading.main_thread()
         try:
+            if ours:  # so that Ctrl-C does the same in a notebook as in the command
+                signal.signal(signal.SIGINT, lambda signum, frame: self.signals.append(signum))
             while True:
                 freed = runs.release()
                 if time.monotonic() >= runs.look_at:
@@ -1827,6 +1927,8 @@ class Poller:
             log.bottom('')
             os.close(alive)
             self.pool.drop(*self.loose())
+            if ours:
+                signal.signal(signal.SIGINT, handler)
         return self.sum_up()
 
     def start(self, hurry: bool) -> None:
@@ -1951,13 +2053,13 @@ class Poller:
             for line in lines[1:]:
                 log(line)
         else:
-            log(f'nothing to run in {shown(self.queue.to_run)}')
+            log(f'nothing to run in {shown(self.queue.to_run)}' + ', which was made just now' * self.queue.is_new)
         if failed:
             more = f' and {len(failed) - 10} more' * (len(failed) > 10)
             log(f'failed: {shown(shlex.join(failed[:10]))}{more}', alarm=True)
-        if self.signals:
-            return 128 + self.signals[-1]
-        return 1 if failed or left else 0
+        status = 128 + self.signals[-1] if self.signals else int(bool(failed or left or self.runs.left_behind))
+        self.signals.clear()
+        return status
 
 
 # --- Status: what there is to see, for everybody who may read the folders -------------------------------------------
@@ -1969,10 +2071,11 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     """
     queue = pool.queue
     waiting = scripts_in(queue.to_run)
-    names = {folder.name: names_in(folder) for folder in (queue.running, queue.complete, queue.fail)}
-    alive = bool(queue.alive.why_locked())
-    rows = {f'{pool.kind} {ident}': {'kind': pool.kind, 'id': ident, 'script': None, 'user': None, 'seconds': None,
-                                     **pool.look(ident)} for ident in pool.all_ids()}
+    names = {folder.name: names_in(folder) if folder.exists() else []  # before the first poller made them
+             for folder in (queue.running, queue.complete, queue.fail)}
+    pollers = queue.pollers()
+    rows = {f'{pool.kind} {ident}': {'kind': pool.kind, 'id': ident, 'name': pool.label(ident), 'script': None,
+                                     'user': None, 'seconds': None, **pool.look(ident)} for ident in pool.all_ids()}
     runs, elsewhere = [], []
     for name in names['running']:
         run, state = look_at_run(queue, name)
@@ -1981,7 +2084,8 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
             elsewhere.append(run)
             continue
         for ident in run['ids']:
-            row = rows.setdefault(f'{run["kind"]} {ident}', {'kind': run['kind'] or 'resource', 'id': ident})
+            new = {'kind': run['kind'] or 'resource', 'id': ident, 'name': ident}
+            row = rows.setdefault(f'{run["kind"]} {ident}', new)
             row.update({key: run[key] for key in ('script', 'user', 'seconds')}, state='running', reason=None)
             if state == ENDED:
                 row.update(state='ended', seconds=None, reason='the next fastgpu_poll files it')
@@ -1989,14 +2093,15 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     some = [look_at_run(queue, name)[0] for name in ended[::len(ended) // 100 + 1]]
     known = [run['seconds'] for run in some + runs if run['seconds'] is not None]
     left = None
-    if alive and ended and known and (waiting or runs):
+    if pollers and ended and known and (waiting or runs):
         left = round(time_left(sum(known) / len(known), len(waiting), len(runs) or len(rows)), 1)
     last = sorted(names['fail'], key=lambda name: (file_mark(queue.fail / name)[2:], name), reverse=True)[:3]
     return {
-        'path': str(queue.path), 'host': queue.host, 'poller': alive, 'resources': list(rows.values()),
+        'path': str(queue.path), 'host': queue.host, 'pollers': pollers, 'resources': list(rows.values()),
         'elsewhere': elsewhere,
         'counts': {'to_run': len(waiting), **{folder: len(scripts) for folder, scripts in names.items()}},
         'next': [name for name, reason in waiting.items() if reason in ('', FRESH)][:3],
+        'held': [name for name, reason in waiting.items() if reason == NOT_EXECUTABLE],
         'failed': [{'script': run.name, 'stderr': run.out('stderr'), 'last_line': last_line(run.out('stderr'))}
                    for run in (Run(queue, name) for name in last)],
         'seconds_left': left}
@@ -2018,7 +2123,7 @@ def look_at_run(queue: Queue, name: str) -> tuple[dict[str, Any], str]:
 
 def screen(status: dict[str, Any]) -> str:
     """Return a `status` for people, in lines."""
-    rows = [['', '', '', '']]
+    rows, pollers = [['', '', '', '']], status['pollers']
     for resource in status['resources']:
         used, total = resource.get('memory_used'), resource.get('memory_total')
         state = shown(resource['state'])
@@ -2028,7 +2133,7 @@ def screen(status: dict[str, Any]) -> str:
             state = shown(f'{resource["script"]}, {resource["user"]}, ended: {resource["reason"]}')
         elif resource['reason']:
             state += f': {resource["reason"]}'
-        rows.append([shown(f'{resource["kind"]} {resource["id"]}'), resource.get('model') or '',
+        rows.append([shown(f'{resource["kind"]} {resource["name"]}'), resource.get('model') or '',
                      '' if total is None else f'{used / 1024:.1f} of {memory_text(total)}', state])
     for run in status['elsewhere']:
         rows.append([shown(f'on {run["host"] or "?"}'), '', '',
@@ -2036,10 +2141,14 @@ def screen(status: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)][:3]
     lines = ['  '.join([cell.ljust(width) for cell, width in zip(row, widths) if width] + [row[3]]) for row in rows[1:]]
     lines.append(' · '.join(f'{name} {number}' for name, number in status['counts'].items())
-                 + f' · {"a" if status["poller"] else "no"} poller is alive on {status["host"]}'
+                 + f' · {count(len(pollers), "poller") if pollers else "no poller"} on {status["host"]}'
+                 + f' (pid {", ".join(map(str, pollers))})' * bool(pollers)
                  + (f' · about {duration(status["seconds_left"])} left' if status['seconds_left'] is not None else ''))
     if status['next']:
         lines.append('next: ' + shown(shlex.join(status['next'])))
+    if status['held']:
+        more = f' and {len(status["held"]) - 10} more' * (len(status['held']) > 10)
+        lines.append('held until chmod +x: ' + shown(shlex.join(status['held'][:10])) + more)
     for failed in status['failed']:
         lines.append(f'failed: {shown(failed["script"])}: {remark(failed["last_line"], failed["stderr"])}')
     return '\n'.join(lines)
@@ -2107,17 +2216,11 @@ def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
     return names
 
 
-def show(text: str) -> None:
-    """Print `text`, with whatever the encoding of standard output lacks escaped, for whoever may be reading that."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    write(sys.stdout, text.encode(encoding, 'backslashreplace').decode(encoding) + '\n')
-
-
-def main(args: list[str] | None = None) -> int:
-    """Run the command with `args` (default: those of the process) and return its exit status."""
+def parse(args: list[str] | None) -> argparse.Namespace:
+    """Return the options in `args` (default: those of the process). Raises SystemExit where that is all to be done."""
     parser = argparse.ArgumentParser(
         prog='fastgpu_poll', description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.',
-        epilog='example: fastgpu_poll --add <commands.txt && fastgpu_poll')
+        epilog='example: fastgpu_poll --add <commands.txt && fastgpu_poll', allow_abbrev=False)
     parser.add_argument('--path', default='.', help='Path containing `to_run` directory (default: current directory)')
     parser.add_argument('--exit', type=int, default=1, choices=(0, 1), metavar='EXIT',
                         help='Exit when `to_run` is empty: 1, or wait for more: 0 (default: 1)')
@@ -2133,43 +2236,94 @@ def main(args: list[str] | None = None) -> int:
     instead.add_argument('--status', action='store_true', help='Show what runs and what waits, and exit')
     parser.add_argument('--json', action='store_true', help='With --status: as JSON')
     parser.add_argument('--version', action='version', version=f'fastgpu {__version__}')
-    options = parser.parse_args(args)
+    options, unknown = parser.parse_known_args(args)
+    for word in unknown[:1]:
+        parser.error(f'{word!r} is no option{what_was_meant(word, list(vars(options)))}')
     if options.json and not options.status:
         parser.error('--json is for --status')
-    if not options.path:
-        parser.error('argument --path: an empty name is no folder')
+    idle = {'add': ('exit', 'workers', 'max_used', 'per_gpu', 'wrapper'), 'status': ('exit', 'wrapper')}
+    for mode, names in idle.items():
+        for name in names:
+            if getattr(options, mode) and getattr(options, name) != parser.get_default(name):
+                parser.error(f'--{name.replace("_", "-")} does nothing with --{mode}: '
+                             'it is for the fastgpu_poll that runs the scripts')
+    return options
+
+
+def what_was_meant(word: str, options: list[str]) -> str:
+    """Return a hint to who gave a `word` that is none of the `options`."""
+    import difflib  # here, because it costs a start that needs none of it 2 ms
+    if not word.startswith('-'):
+        return ': a script goes into to_run (mv or cp), a command into the standard input of --add'
+    if word.startswith('--gpus'):
+        return (': a script asks for several GPUs by a line "#SBATCH --gpus=2", and CUDA_VISIBLE_DEVICES=0,1 limits '
+                'fastgpu_poll to some')
+    close = difflib.get_close_matches(word.split('=')[0], [f'--{name.replace("_", "-")}' for name in options], 1)
+    return f': did you mean {close[0]}?' if close else ''
+
+
+def check_path(path: str) -> None:
+    """Raise FastgpuError, with the remedy, where the folder `path` was probably not meant to hold a queue."""
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise FastgpuError('the current folder was removed: cd to one that exists') from None
+    if not os.path.lexists(path):
+        raise FastgpuError(shown(f'{path or "an empty --path"}: there is no such folder; mkdir makes it'))
+    folder, name = os.path.split(os.path.realpath(path))
+    if name in ('to_run', 'running', 'complete', 'fail', 'out') and os.path.isdir(f'{folder}/to_run'):
+        raise FastgpuError(shown(f'{path} is a folder of a queue: give its --path, {shlex.quote(folder)}'))
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command with `args` (default: those of the process) and return its exit status."""
+    status, text = 0, ''
+    try:
+        options = parse(args)
+        check_path(options.path)
         if options.add:
-            if sys.stdin and sys.stdin.isatty():
-                print('commands, one a line, to the end of the file (Ctrl-D):', file=sys.stderr)
-            names = add_scripts(options.path, sys.stdin.buffer if sys.stdin else [])
-            if not names:
-                print('fastgpu_poll: nothing to add: no commands on standard input', file=sys.stderr)
-            for name in names:
-                show(shown(name))
-            return 0
-        if options.status:
-            status = look_at_queue(find_pool(options, only_look=True))
-            show(json.dumps(status, default=str, indent=1) if options.json else screen(status))
-            return 0
-        pool = find_pool(options)
-        pool.wrapper = options.wrapper
-    except (FastgpuError, OSError) as error:
-        print(f'fastgpu_poll: {explain(error)}', file=sys.stderr)
-        return 2
+            text = '\n'.join(map(shown, read_commands(options.path))) + '\n'
+        elif options.status:
+            seen = look_at_queue(find_pool(options, only_look=True))
+            text = (json.dumps(seen, default=str, indent=1) if options.json else screen(seen)) + '\n'
+        else:
+            status = poll(options)
+    except SystemExit as error:  # of argparse
+        status = int(error.code or 0)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        status = 128 + signal.SIGINT
+    except (FastgpuError, OSError) as error:
+        status = 2
+        write(sys.stderr, f'fastgpu_poll: {explain(error)}\n')
+    problem = write(sys.stdout, text)
+    if problem:
+        status = status or 1
+        write(sys.stderr, f'fastgpu_poll: standard output: {problem}\n')
+    write(sys.stderr, '')  # what argparse left in its buffer
+    return status
+
+
+def read_commands(path: str) -> list[str]:
+    """Add a script for each line of standard input; return their names."""
+    if sys.stdin and sys.stdin.isatty():
+        write(sys.stderr, 'commands, one a line, to the end of the file (Ctrl-D):\n')
+    names = add_scripts(path, sys.stdin.buffer if sys.stdin else [])
+    if not names:
+        write(sys.stderr, 'fastgpu_poll: nothing to add: no commands on standard input\n')
+    return names
+
+
+def poll(options: argparse.Namespace) -> int:
+    """Run the scripts of the queue; return the exit status."""
+    pool = find_pool(options)
+    pool.wrapper = options.wrapper
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, if our parent did, it would hide how the shims end
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as of a job that a shell has put into the background
-            signal.signal(signum, lambda signum, frame: pool.interrupt(signum))
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # as of a job that a shell has put into the background
+        signal.signal(signal.SIGTERM, lambda signum, frame: pool.interrupt(signum))
     try:
         return pool.poll_scripts(exit_when_empty=bool(options.exit))
-    except FastgpuError as error:
-        print(f'fastgpu_poll: {error}', file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f'fastgpu_poll: {explain(error)}; what runs goes on, and the next fastgpu_poll files it', file=sys.stderr)
+        write(sys.stderr, f'fastgpu_poll: {explain(error)}; what runs goes on, and the next fastgpu_poll files it\n')
         return 1
 
 

@@ -12,8 +12,11 @@ import itertools
 import json
 import os
 import pty
+import pwd
 import random
 import re
+import select
+import shlex
 import shutil
 import signal
 import stat
@@ -51,7 +54,7 @@ USER = fastgpu.user_name(os.getuid())
 
 # --- Help for the tests: a queue, its pollers, and waiting for something ----------------------------------------------
 
-AS_NOBODY = ('import locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
+AS_NOBODY = ('import grp, locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
              'sys.exit(fastgpu.main(sys.argv[1:]))')
 
 
@@ -190,6 +193,38 @@ def test_what_is_shown_cannot_garble_a_terminal():
                                                (86400 * 7 + 1, '168:00:01')])
 def test_duration(seconds, text):
     assert fastgpu.duration(seconds) == text
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'terminal'])
+def test_a_log_whose_reader_has_stopped_stops_nothing_and_counts_what_was_lost(queue, kind):
+    read, write = os.pipe() if kind == 'pipe' else pty.openpty()
+    if kind == 'pipe':
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    else:
+        os.write(read, b'\x13')  # Ctrl-S
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1', '--exit', '0'],
+                              stderr=write, env={**os.environ, 'TERM': 'dumb'})
+    queue.pollers.append(poller)
+    for number in range(60):
+        queue.add(f'{number}.sh')
+    until(lambda: len(queue.names('complete')) == 60)
+    if kind == 'terminal':
+        os.write(read, b'\x11')  # Ctrl-Q
+    log = ''
+
+    def told():
+        nonlocal log
+        if select.select([read], [], [], 0)[0]:
+            log += os.read(read, 1 << 16).decode()
+        queue.add(f'{time.time()}.sh')
+        return re.search(r'\(\d+ lines of this log lost: nobody read it\)', log)
+
+    until(told)
+    os.write(read, b'\x13') if kind == 'terminal' else None
+    poller.terminate()
+    assert poller.wait(30) == 143
+    os.close(read)
+    os.close(write)
 
 
 def test_a_log_that_nobody_reads_stops_nothing(queue):
@@ -559,14 +594,25 @@ def test_a_script_without_interpreter_line_runs_under_sh(queue):
     assert queue.out('a.stdout') == '2\n'
 
 
-def test_an_interpreter_that_does_not_exist_is_named(queue):
-    queue.add('a.sh', head='#!/bin/sh\r\n')
-    queue.add('b.sh', 'no-such-command')
+@pytest.mark.parametrize(('head', 'said'), [
+    ('', r'it has no #! line, so /bin/sh ran it: for Python, begin it with #!/usr/bin/env python3'),
+    ('#!/bin/sh\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
+    ('#!/usr/bin/env python3\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
+    ('#!python3\n', 'its #! line needs a path: #!/usr/bin/env python3'),
+    ('#!/no/such/python3 -u\n', 'its interpreter /no/such/python3 does not exist'),
+    ('#!/bin/sh\n', '.*no-such-command: not found'),
+], ids=['none', 'windows', 'windows behind env', 'no path', 'missing', 'good'])
+def test_why_a_first_line_made_a_script_fail_is_said_and_what_to_put_there(queue, head, said):
+    queue.add('a.py', 'no-such-command (\n' if head == '' else 'no-such-command', head=head)
     status, log = queue.poll()
     assert status == 1
-    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'fail'}
-    assert re.search(r'b.sh \(status 127, 0.\d s\): .*no-such-command: not found \(', log)
-    assert r'a.sh (status 127, 0.0 s): its interpreter /bin/sh\r does not exist' in re.sub(r'\d\.\d s', '0.0 s', log)
+    fail = queue.path / 'fail' / 'a.py'
+    said = said if said[0] == '.' else re.escape(said.format(fail=fail))
+    assert re.search(rf'fail a.py \(status \d+, \d.\d s\): {said} \(', log)
+    if 'sed' in said:
+        command = re.search(r'sed .*?(?= mends that)', log)[0]
+        subprocess.run(command, shell=True, check=True)
+        assert b'\r' not in fail.read_bytes()
 
 
 def test_a_signal_that_ends_a_script_is_its_status(queue):
@@ -931,7 +977,7 @@ def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
 
 @pytest.mark.skipif(os.getuid() != 0, reason='root has no limit of processes, and only root can become another user')
 def test_no_process_for_a_script_delays_its_start():
-    limit = ('import locale, os, resource, shutil, sys, fastgpu; os.setgid(12345); os.setuid(12345)\n'
+    limit = ('import grp, locale, os, resource, shutil, sys, fastgpu; os.setgid(12345); os.setuid(12345)\n'
              'resource.setrlimit(resource.RLIMIT_NPROC, (int(sys.argv.pop(1)),) * 2); sys.exit(fastgpu.main())')
     with tempfile.TemporaryDirectory() as path:
         queue = Queue(Path(path))
@@ -950,6 +996,8 @@ def test_no_process_for_a_script_delays_its_start():
                 assert poller.wait(30) == 143
             assert queue.all() == {'a.sh': 'to_run'}
             assert queue.names('out') == []
+        for folder in path, *Path(path).iterdir():
+            os.chown(folder, 0, 0)
         assert queue.poll('--workers', '1')[0] == 1
         assert queue.out('a.sh.exitcode') == '3'
 
@@ -1075,7 +1123,7 @@ def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
     queue.add('a.sh')
     os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
     status, log = queue.poll()
-    assert status == 0
+    assert status == 1
     assert queue.all() == {'a.sh': 'running'}
     assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
 
@@ -1196,7 +1244,7 @@ def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
     first = queue.start('--workers', '1')
     kill_holding(first, queue, 'a.sh', queue.path)
     second = queue.start('--workers', '1')
-    until(lambda: f'worker 0 busy: runs a.sh of {USER} (pid ' in second.log())
+    until(lambda: 'worker 0 busy: runs a.sh of yours (pid ' in second.log())
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
     queue.open_gate()
     assert second.wait(30) == 0
@@ -1381,6 +1429,30 @@ def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_scri
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
 
 
+@pytest.mark.parametrize('times', [1, 2])
+def test_ctrl_c_in_the_api_drains_and_stops_as_in_the_command(queue, times):
+    queue.add('a.sh', queue.gate() if times == 1 else f'cd {queue.path}; [ -e ran ] || {{ touch ran; sleep 100; }}')
+    queue.add('b.sh')
+    api = ('import fastgpu, signal\npool = fastgpu.FixedWorkerPool([0], ".")\nfirst = pool.poll_scripts()\n'
+           'print(first, signal.getsignal(signal.SIGINT) == signal.default_int_handler, pool.poll_scripts())')
+    with open(queue.path / 'api.log', 'w') as log:
+        poller = subprocess.Popen([sys.executable, '-c', api], cwd=queue.path, stdout=log, stderr=log,
+                                  env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+    queue.pollers.append(poller)
+    queue.pid('a.sh')
+    text = (queue.path / 'api.log').read_text
+    poller.send_signal(signal.SIGINT)
+    until(lambda: 'interrupted: waiting for 1 script; Ctrl-C again stops them' in text())
+    if times == 2:
+        until(lambda: (queue.path / 'ran').exists())
+        poller.send_signal(signal.SIGINT)
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert text().endswith('130 True 0\n')
+    assert 'Traceback' not in text()
+    assert queue.all() == {'a.sh' if times == 1 else 'a-1.sh': 'complete', 'b.sh': 'complete'}
+
+
 def test_a_slot_is_not_held_after_an_interrupt_between_its_lock_and_the_start(queue):
     class Interrupted(FixedWorkerPool):
         def lock_some(self, number):
@@ -1512,9 +1584,9 @@ def test_one_odd_file_does_not_stop_the_others(queue, kind):
     record = queue.path / 'out' / 'a.sh.json'
     {'folder': Path.mkdir, 'fifo': os.mkfifo, 'link': lambda path: path.symlink_to('/etc/passwd')}[kind](record)
     status, log = queue.poll()
-    assert status == 0
+    assert status == 1  # it was left behind
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'complete'}
-    assert 'a.sh' in log
+    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
 
 
 def test_a_script_that_could_not_run_is_looked_at_again_when_it_has_changed(gpus, queue):
@@ -1784,7 +1856,7 @@ def test_what_cannot_be_filed_does_not_keep_the_poller_from_being_stopped(queue)
     (queue.path / 'fail').rmdir()
     (queue.path / 'fail').touch()
     poller = queue.start('--workers', '1', command=(sys.executable, '-c', (
-        'import fastgpu, sys; fastgpu.check_dirs = lambda *_: None\n'
+        'import fastgpu, sys; fastgpu.check_usable = lambda *_: None\n'
         'fastgpu.setup_dirs = lambda p: [fastgpu.Path(p) / n for n in "to_run running complete fail out".split()]\n'
         'sys.exit(fastgpu.main())')), cwd=MODULE.parent)
     until(lambda: 'cannot file a.sh now: ' in poller.log())
@@ -2097,16 +2169,16 @@ def test_cuda_visible_devices_limits_the_gpus_and_keeps_their_numbers(gpus, queu
 
 def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
     gpus.save(init=9)
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path / 'new')], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == ('fastgpu_poll: no NVIDIA driver found (Driver Not Loaded); '
                           'use --workers N to run without GPUs\n')
-    assert not (tmp_path / 'new').exists()
+    assert not (tmp_path / 'to_run').exists()
 
 
 def test_no_gpus_is_one_line(gpus, tmp_path):
     gpus.set()
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path / 'new')], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == 'fastgpu_poll: the NVIDIA driver shows no GPU; use --workers N to run without GPUs\n'
 
@@ -2163,7 +2235,7 @@ def test_instances_of_a_gpu_in_mig_mode_are_the_resources(gpus, queue, capsys):
     mig_box(gpus)
     pool = ResourcePoolGPU(queue.path)
     assert pool.all_ids() == [A, 'MIG-1', 'MIG-2', 'MIG-3']
-    assert f'gpu {C} unusable: is in MIG mode and has no instances' in capsys.readouterr().err
+    assert 'gpu 2 unusable: is in MIG mode and has no instances' in capsys.readouterr().err
     assert [pool.lock_next() for _ in range(5)] == [A, 'MIG-1', 'MIG-2', 'MIG-3', None]
     assert pool.environment('MIG-2')['CUDA_VISIBLE_DEVICES'] == 'MIG-2'
     assert set(os.listdir(gpus.locks)) == {f'fastgpu-{uuid}.lock' for uuid in pool.all_ids()}
@@ -2230,7 +2302,7 @@ def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
     kill_holding(poller, first, 'a.sh', gpus.locks)
     second.add('b.sh')
     poller = second.start('--exit', '1')
-    until(lambda: f'gpu 0 busy: runs a.sh of {USER} (pid ' in poller.log())
+    until(lambda: 'gpu 0 busy: runs a.sh of yours (pid ' in poller.log())
     first.open_gate()
     assert poller.wait(30) == 0
 
@@ -2310,7 +2382,7 @@ def test_max_used_is_an_option(gpus, queue):
 
 def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, queue):
     gpus.have(4)
-    me = f'pid {os.getpid()} ({Path("/proc/self/comm").read_text().strip()}, user {os.getuid()})'
+    me = f'pid {os.getpid()} ({Path("/proc/self/comm").read_text().strip()} of {USER})'
     gpus.gpus[0].update(used=23654, pids=[os.getpid(), 2**22 + 1])
     gpus.gpus[1].update(memory=15)
     gpus.gpus[2].update(used=1100)
@@ -2538,7 +2610,7 @@ def test_a_gpu_in_mig_mode_is_not_used_through_nvidia_smi(smi, queue):
     queue.add('a.sh', SEES)
     status, log = queue.poll('--exit', '1')
     assert status == 0
-    assert 'gpu ' + A + ' unusable: is in MIG mode, for which this needs nvidia-ml-py' in log
+    assert 'gpu 0 unusable: is in MIG mode, for which this needs nvidia-ml-py' in log
     assert queue.out('a.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'
 
 
@@ -2675,7 +2747,7 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     one.unlock(0)
     assert two.lock_next() == 0
     assert one.lock_next() is None
-    assert re.fullmatch(rf'busy: taken by \S+ \(pid {os.getpid()}\)', one.reasons[0])
+    assert re.fullmatch(rf'busy: taken by {USER} \(pid {os.getpid()}\)', one.reasons[0])
     gpus.change(0, used=7000)
     assert two.lock_next() is None
     assert four.lock_next() == '0.1'
@@ -2845,6 +2917,10 @@ def test_a_terminal_has_a_line_of_progress_below_the_log_as_wide_as_it_is(queue)
     assert re.search(r' failed: a.sh\033\[0m\r\n$', text)  # and no line of progress is left
 
 
+def test_a_terminal_that_tells_no_width_is_taken_for_80_columns(queue):
+    assert '1/2 done' in on_a_terminal(queue, columns=0)
+
+
 def test_colours_and_progress_can_be_refused(queue):
     assert '\033[31m' not in on_a_terminal(queue, NO_COLOR='1')
     shutil.rmtree(queue.path)
@@ -2870,14 +2946,15 @@ def status(queue, *args, **kwargs):
 def test_status_of_an_empty_queue(gpus, queue):
     as_json, text = status(queue)
     assert as_json == {
-        'path': str(queue.path), 'host': os.uname().nodename, 'poller': False, 'counts': dict.fromkeys(FOLDERS, 0),
-        'elsewhere': [], 'next': [], 'failed': [], 'seconds_left': None,
-        'resources': [{'kind': 'gpu', 'id': number, 'state': 'free', 'reason': None, 'model': 'NVIDIA H100',
-                       'memory_used': 500, 'memory_total': 81920, 'script': None, 'user': None, 'seconds': None}
+        'path': str(queue.path), 'host': os.uname().nodename, 'pollers': [], 'counts': dict.fromkeys(FOLDERS, 0),
+        'elsewhere': [], 'next': [], 'held': [], 'failed': [], 'seconds_left': None,
+        'resources': [{'kind': 'gpu', 'id': number, 'name': str(number), 'state': 'free', 'reason': None,
+                       'model': 'NVIDIA H100', 'memory_used': 500, 'memory_total': 81920, 'script': None, 'user': None,
+                       'seconds': None}
                       for number in range(2)]}
     assert text == ('gpu 0  NVIDIA H100  0.5 of 80.0 GiB  free\n'
                     'gpu 1  NVIDIA H100  0.5 of 80.0 GiB  free\n'
-                    'to_run 0 · running 0 · complete 0 · fail 0 · no poller is alive on ' + os.uname().nodename + '\n')
+                    'to_run 0 · running 0 · complete 0 · fail 0 · no poller on ' + os.uname().nodename + '\n')
     assert not list(gpus.locks.iterdir())
 
 
@@ -2900,7 +2977,7 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
     until(lambda: queue.names('running'))
     for alive in True, False:
         as_json, text = status(queue)
-        assert as_json['poller'] is alive
+        assert bool(as_json['pollers']) is alive
         states = [resource['state'] for resource in as_json['resources']]
         assert states == ['running', 'busy', 'unusable', 'busy']
         assert as_json['resources'][0]['script'] == 'a.sh'
@@ -2912,9 +2989,9 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
         for line in (rf'gpu 0  NVIDIA H100  0.5 of 80.0 GiB  a.sh, {user}, \d+\.\d s',
                      f'gpu 1  NVIDIA H100  4.0 of 80.0 GiB  busy: 4.0 GiB used by pid {2**22 + 1}',
                      'gpu 2 .*unusable: GPU is lost',
-                     rf'gpu 3 .* busy: runs theirs.sh of {USER} \(pid \d+, .*/other\) for \d+\.\d s',
+                     r'gpu 3 .* busy: runs theirs.sh of yours \(pid \d+, .*/other\) for \d+\.\d s',
                      'failed: 4.sh: bad luck \\(.*/out/4.sh.stderr\\)',
-                     f'fail 5 · {"a poller is alive on .* · about .* left" if alive else "no poller is alive on .*"}'):
+                     f'fail 5 · {"1 poller on .* · about .* left" if alive else "no poller on .*"}'):
             assert re.search(f'^.*{line}$', text, re.M), (line, text)
         poller.kill()
         poller.wait()
@@ -2972,11 +3049,40 @@ def test_what_is_shown_ends_quietly_with_its_reader_and_fits_its_encoding(queue)
 
 
 def test_status_of_what_is_no_queue(tmp_path):
-    command = [sys.executable, str(MODULE), '--path', str(tmp_path / 'q'), '--status', '--workers', '1']
+    command = [sys.executable, str(MODULE), '--path', str(tmp_path), '--status', '--workers', '1']
     shown = subprocess.run(command, capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (2, '')
-    assert shown.stderr == f'fastgpu_poll: {tmp_path}/q is no queue: it has no folder to_run (fastgpu_poll makes one)\n'
-    assert not (tmp_path / 'q').exists()
+    assert shown.stderr == f'fastgpu_poll: {tmp_path} is no queue: it has no folder to_run (fastgpu_poll makes one)\n'
+    assert not list(tmp_path.iterdir())
+
+
+def test_status_of_a_queue_that_has_only_its_first_folder(queue):
+    for name in 'a.sh', 'b.sh':
+        queue.add(name, mode=0o755 if name == 'a.sh' else 0o644)
+    for folder in 'running', 'complete', 'fail', 'out':
+        (queue.path / folder).rmdir()
+    as_json, text = status(queue, '--workers', '1')
+    assert as_json['counts'] == {'to_run': 2, 'running': 0, 'complete': 0, 'fail': 0}
+    assert (as_json['next'], as_json['held']) == (['a.sh'], ['b.sh'])
+    assert 'next: a.sh\nheld until chmod +x: b.sh\n' in text
+
+
+def test_status_tells_the_pids_of_the_pollers(queue):
+    pollers = [queue.start('--exit', '0', '--workers', '1') for _ in '12']
+    pids = sorted(poller.pid for poller in pollers)
+    until(lambda: status(queue, '--workers', '1')[0]['pollers'] == pids)
+    assert f' · 2 pollers on {os.uname().nodename} (pid {pids[0]}, {pids[1]})' in status(queue, '--workers', '1')[1]
+    pollers[0].kill()
+    pollers[0].wait()
+    assert status(queue, '--workers', '1')[0]['pollers'] == [pollers[1].pid]
+
+
+def test_status_of_edited_records_is_no_traceback(queue):
+    for number, change in enumerate(({'pid': '\0'}, {'finished': float('inf')}, {'finished': 'x'}, {'ids': [[]]})):
+        queue.add(f'{number}.sh').rename(queue.path / 'running' / f'{number}.sh')
+        record = {'script': 'a.sh', **fastgpu.this_host(), 'ids': [0], 'started': 1.0, **change}
+        (queue.path / 'out' / f'{number}.sh.json').write_text(json.dumps(record))
+    assert status(queue, '--workers', '1')[0]['counts']['running'] == 4
 
 
 # --- Command ----------------------------------------------------------------------------------------------------------
@@ -2988,8 +3094,15 @@ def test_status_of_what_is_no_queue(tmp_path):
     (['--workers', '99999999999'], 'not a whole number from 1 to 9999'),
     (['--max-used', 'nan'], "argument --max-used: not a number of MiB: 'nan'"),
     (['--max-used', '-1'], 'argument --max-used: '),
-    (['--nonsense'], 'unrecognized arguments: --nonsense'),
-    (['--path', ''], 'argument --path: an empty name is no folder'),
+    (['--nonsense'], "error: '--nonsense' is no option\n"),
+    (['--wor', '2'], "'--wor' is no option: did you mean --workers?"),
+    (['--worker=2'], "'--worker=2' is no option: did you mean --workers?"),
+    (['train.py'], "'train.py' is no option: a script goes into to_run (mv or cp), a command into the standard input"),
+    (['--gpus', '2'], "'--gpus' is no option: a script asks for several GPUs by a line \"#SBATCH --gpus=2\", and"),
+    (['--add', '--wrapper', 'nice'], '--wrapper does nothing with --add: it is for the fastgpu_poll that runs the '),
+    (['--add', '--per-gpu', '2'], '--per-gpu does nothing with --add: '),
+    (['--status', '--exit', '0'], '--exit does nothing with --status: '),
+    (['--path', ''], 'an empty --path: there is no such folder'),
     (['--add', '--status'], 'argument --status: not allowed with argument --add'),
     (['--json'], '--json is for --status'),
 ])
@@ -3020,18 +3133,76 @@ def test_a_path_that_is_a_file_is_refused(tmp_path):
 def test_a_path_that_cannot_be_written_is_refused():
     with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
         os.chmod(path, 0o755)
-        assert f'fastgpu_poll: {path}/to_run: Permission denied' in refused(path, [sys.executable, '-c', AS_NOBODY])
+        as_nobody = [sys.executable, '-c', AS_NOBODY]
+        assert f'fastgpu_poll: {path}/to_run: Permission denied' in refused(path, as_nobody)
         fastgpu.setup_dirs(path)
-        assert f'fastgpu_poll: {path}: no permission to write' in refused(path, [sys.executable, '-c', AS_NOBODY])
+        nobody = fastgpu.user_name(65534)
+        assert refused(path, as_nobody) == (f'fastgpu_poll: {path}/to_run belongs to root: run it as root, or make it '
+                                            f'yours: chown -R {nobody} {path}\n')
 
 
-@pytest.mark.parametrize('mode', [0o777, 0o775, 0o757, 0o1777])
-def test_to_run_that_others_can_write_to_is_refused_with_the_chmod_that_mends_it(queue, mode):
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder to somebody else')
+@pytest.mark.parametrize('folder', ['', 'to_run', 'running', 'complete', 'fail', 'out'])
+def test_root_runs_nothing_of_a_queue_that_belongs_to_somebody_else(queue, folder):
     queue.add('a.sh')
-    (queue.path / 'to_run').chmod(mode)
+    os.chown(queue.path / folder, 65534, 65534)
+    message = refused(queue.path)
+    assert f' belongs to {fastgpu.user_name(65534)}: run it as ' in message
+    assert queue.all() == {'a.sh': 'to_run'}
+    subprocess.run(message.partition('make it yours: ')[2], shell=True, check=True)
+    assert queue.poll()[0] == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_a_folder_that_only_the_private_group_of_its_owner_can_write_to_is_safe(tmp_path):
+    group = subprocess.run(['getent', 'group', 'mail', 'games'], capture_output=True, text=True).stdout
+    games = pwd.getpwnam('games')  # Debian has a group of that name without members
+    if f'games:x:{games.pw_gid}:\n' not in group or games.pw_gid == 8:
+        pytest.skip('has no private group at hand')
+    for gid, safe in (games.pw_gid, True), (8, False):
+        with tempfile.TemporaryDirectory() as path:
+            fastgpu.setup_dirs(path)
+            for folder in Path(path), *Path(path).iterdir():
+                os.chown(folder, games.pw_uid, gid)
+                folder.chmod(0o775)
+            assert fastgpu.others_can_write(os.stat(path)) == (not safe)
+
+
+def test_who_could_swap_the_queue_is_warned_of(queue, tmp_path):
+    tmp_path.chmod(0o777)
+    assert queue.poll()[1].count(f'warning: others can write to {tmp_path}, and put another queue in the place of') == 1
+    tmp_path.chmod(0o1777)
+    assert 'warning' not in queue.poll()[1]
+
+
+def test_a_path_that_was_mistyped_makes_no_queue(queue, tmp_path):
+    assert refused(tmp_path / 'typo') == f'fastgpu_poll: {tmp_path}/typo: there is no such folder; mkdir makes it\n'
+    assert not (tmp_path / 'typo').exists()
+    assert refused(queue.path / 'to_run') == (f'fastgpu_poll: {queue.path}/to_run is a folder of a queue: '
+                                              f'give its --path, {queue.path}\n')
+    assert queue.names('to_run') == []
+    (tmp_path / 'new').mkdir()
+    run = subprocess.run([sys.executable, MODULE, '--workers', '1', '--path', tmp_path / 'new'], capture_output=True)
+    assert run.returncode == 0
+    assert f'nothing to run in {tmp_path}/new/to_run, which was made just now' in run.stderr.decode()
+    assert 'just now' not in queue.poll()[1]
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path):
+    command = shlex.join([sys.executable, str(MODULE), '--workers', '1'])
+    run = subprocess.run(f'mkdir gone; cd gone; rmdir ../gone; exec {command}', shell=True, capture_output=True,
+                         text=True, cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (2, 'fastgpu_poll: the current folder was removed: cd to one that exists\n')
+
+
+@pytest.mark.parametrize('mode', [0o777, 0o757, 0o1777])
+@pytest.mark.parametrize('folder', [*FOLDERS, 'out'])
+def test_a_folder_that_others_can_write_to_is_refused_with_the_chmod_that_mends_it(queue, folder, mode):
+    queue.add('a.sh')
+    (queue.path / folder).chmod(mode)
     message = refused(queue.path)
     assert message == ('fastgpu_poll: others could have their code run as you; mend it with: '
-                       f'chmod go-w {queue.path}/to_run\n')
+                       f'chmod go-w {queue.path}/{folder}\n')
     assert queue.all() == {'a.sh': 'to_run'}
     subprocess.run(message.partition('mend it with: ')[2], shell=True, check=True)
     assert queue.poll()[0] == 0
@@ -3076,8 +3247,9 @@ def test_the_folders_must_be_on_one_file_system(queue, tmp_path):
     if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip('no second file system at hand')
     os.rmdir(queue.path / 'complete')
-    (queue.path / 'complete').symlink_to(shm)
-    assert f'{queue.path}/complete is on another file system' in refused(queue.path)
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        (queue.path / 'complete').symlink_to(folder)
+        assert f'{queue.path}/complete is on another file system' in refused(queue.path)
 
 
 def add(queue, cwd=None):
@@ -3136,6 +3308,35 @@ def test_add_on_a_full_disk_says_how_far_it_came_and_leaves_no_half_script(small
     assert (code, out) == (2, [])
     assert re.match('fastgpu_poll: of 2 commands none could be added: .*No space left on device\n$', err)
     assert os.listdir(small_disk.path / 'to_run') == []
+
+
+@pytest.mark.parametrize('options', ['--help', '--version', '--status', '--status --json', '--add', ''])
+def test_no_reader_and_no_room_for_what_it_prints_is_no_status_but_those_of_the_readme(queue, options):
+    command = shlex.join([sys.executable, str(MODULE), '--path', str(queue.path), *options.split()])
+    command = f'echo true | {command}' if options == '--add' else f'{command} --workers 1'
+    without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    ends = {'| true': 0, '| head -1': 0, '>&-': 0, '2>&-': 0, '>&- 2>&-': 0, '2>&1 | true': 0, '2>/dev/full': 0,
+            '>/dev/full': int(bool(options))}
+    for end, status in ends.items():
+        run = subprocess.run(['bash', '-c', f'set -o pipefail; {command} {end}'], capture_output=True, text=True,
+                             env=without)
+        said = re.sub('(?m)^[0-9-]+T.*\\n', '', run.stderr)
+        assert run.returncode == status, (end, run.stderr)
+        if 'usage: ' not in said and said != 'fastgpu 0.1.0\n':  # argparse prints that to the one that is open
+            assert said == 'fastgpu_poll: standard output: No space left on device\n' * status, end
+
+
+def test_wrong_use_is_status_2_also_where_it_cannot_be_said():
+    command = shlex.join([sys.executable, str(MODULE), '--nonsense'])
+    without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    assert subprocess.run(['bash', '-c', f'{command} 2>/dev/full'], env=without).returncode == 2
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / 'json.py').write_text('raise KeyboardInterrupt')
+    run = subprocess.run([sys.executable, '-c', 'import sys, runpy; sys.path.insert(0, sys.argv[1]); '
+                          f'runpy.run_path({str(MODULE)!r}, run_name="__main__")', tmp_path], capture_output=True)
+    assert (run.returncode, run.stderr) == (130, b'')
 
 
 def test_help_shows_the_options_of_the_original_first():
