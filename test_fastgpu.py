@@ -157,18 +157,26 @@ class Queue:
         return until(lambda: self.has_out(f'{name}.json') and self.record(name).get('pid'))
 
 
+def started_by(mark):
+    """Return the pids of the processes that have `mark` in their environment or their command (proc(5))."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir('/proc')):
+        with contextlib.suppress(OSError):
+            if int(pid) != os.getpid() and any(os.fsencode(mark) in Path(f'/proc/{pid}/{file}').read_bytes()
+                                               for file in ('environ', 'cmdline')):
+                found.append(int(pid))
+    return found
+
+
 @pytest.fixture(autouse=True)
-def no_left_overs(tmp_path):
-    """End what a test left running: the processes whose command names a file of the test's own folder."""
+def no_left_overs(tmp_path, monkeypatch):
+    """End what a test left running: the processes that have its folder in their environment, or in their command."""
+    monkeypatch.setenv('FASTGPU_TEST', str(tmp_path))
     yield
-    found = True
-    while found:  # one that is found may just have started another
-        found = False
-        for command in Path('/proc').glob('[0-9]*/cmdline'):
-            with contextlib.suppress(OSError):
-                if os.fsencode(tmp_path) in command.read_bytes():
-                    os.kill(int(command.parent.name), signal.SIGKILL)
-                    found = True
+    while pids := started_by(f'{tmp_path}'):  # one that is found may just have started another
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
