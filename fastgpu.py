@@ -45,6 +45,7 @@ try:
     import errno
     import fcntl
     import functools
+    import glob
     import itertools
     import json
     import os
@@ -83,13 +84,11 @@ class FastgpuError(Exception):
 
 # --- Messages: lines on stderr, safe to print whatever a file is called ---------------------------------------------
 
-def write(stream: TextIO | None, text: str) -> str:
+def write(stream: TextIO, text: str) -> str:
     """Write `text` to standard output or error, with what its encoding lacks escaped; return why that failed, or ''.
 
-    What nobody reads (EPIPE), or was closed by who started us, is no failure.
+    What nobody reads (EPIPE) is no failure.
     """
-    if stream is None:
-        return ''
     try:
         encoding = stream.encoding or 'utf-8'
         stream.write(text.encode(encoding, 'backslashreplace').decode(encoding))
@@ -284,8 +283,11 @@ FRESH = 'just written'
 ENDING = 'its last run ends just now'
 
 
-def condition(path: StrPath) -> str:
-    """Return what keeps the file `path` from being run: nothing (''), or the reason in a few words."""
+def condition(path: StrPath, clock: Callable[[float], float] = lambda stamp: time.time()) -> str:
+    """Return what keeps the file `path` from being run: nothing (''), or the reason in a few words.
+
+    The `clock` gives the time by which a file with a time `stamp` was just written.
+    """
     try:
         status = os.stat(path)
     except OSError:
@@ -294,15 +296,16 @@ def condition(path: StrPath) -> str:
         return IGNORED
     if not os.access(path, os.X_OK):
         return NOT_EXECUTABLE
-    # A time stamp in the future (a clock that was set back, a file server's clock) is not "just now".
-    if 0 <= time.time() - status.st_mtime < JUST_WRITTEN:
+    # A time stamp in the future (a clock that was set back, a copy that keeps its time) is not "just now".
+    if 0 <= clock(status.st_mtime) - status.st_mtime < JUST_WRITTEN:
         return FRESH
-    return ''
+    return '' if status.st_size else 'empty'
 
 
 def names_in(folder: StrPath) -> list[str]:
-    """Return the names in `folder` that are not hidden, in sorted order."""
-    return sorted(name for name in os.listdir(folder) if name[0] != '.')
+    """Return the names in `folder` in sorted order, but for hidden ones and those that editors give what they leave."""
+    return sorted(name for name in os.listdir(folder)
+                  if not name.startswith(('.', '#')) and not name.endswith(('~', '.bak', '.orig', '.swp')))
 
 
 def scripts_in(folder: StrPath) -> dict[str, str]:
@@ -323,8 +326,9 @@ def file_mark(path: StrPath) -> tuple[int, ...]:
 def find_next_script(p: StrPath) -> Path | None:
     """Return the first script in the folder `p` that can run, in sorted order of the names, or None.
 
-    A script is a regular file, or a link to one, that is not hidden, is executable, and was not written to within
-    the last 0.1 s: someone may still be copying it. Raises OSError where `p` cannot be read.
+    A script is a regular file, or a link to one, whose name is not hidden and not that of what an editor leaves, which
+    is executable, not empty, and was not written to within the last 0.1 s: someone may still be copying it. Raises
+    OSError where `p` cannot be read.
     """
     return next((Path(p) / name for name in names_in(p) if not condition(os.path.join(p, name))), None)
 
@@ -383,14 +387,43 @@ class Queue:
         self.folders = queue_folders(self.path)
         self.to_run, self.running, self.complete, self.fail, self.out = self.folders
         self.alive = f'{self.path}/.{self.host}.poller'  # in which each poller of this host locks the byte of its pid
+        self._clock = 0.0  # the time of the file system when we looked last
         self.is_new = not os.path.isdir(self.to_run)
         if not only_look:
             if self.path.is_dir():
                 check_safe(self.path, self.folders)
             setup_dirs(self.path)
             check_usable(self.folders)
+            self._identity = [os.stat(folder) for folder in (self.path, self.to_run, self.running)]
         elif self.is_new:
             raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
+
+    def check_is_there(self) -> None:
+        """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since we saw it first."""
+        now = map(os.stat, (self.path, self.to_run, self.running))
+        if not all(map(os.path.samestat, self._identity, now)):
+            raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
+
+    def mend(self) -> None:
+        """Make `complete` and `fail` anew where they are missing, in what is still the queue, if that can be done."""
+        with contextlib.suppress(OSError):
+            self.check_is_there()
+            for folder in (self.complete, self.fail):
+                folder.mkdir(mode=0o755, exist_ok=True)
+
+    def clock(self, stamp: float) -> float:
+        """Return a time by the clock of the file system, which gives files their stamps; so late that `stamp` is past.
+
+        It may be slow, but not where that would make a file with this `stamp` seem just written, or not so.
+        """
+        if stamp > self._clock - JUST_WRITTEN:
+            file = self.path / f'.{self.host}.clock'
+            try:  # by writing: a stamp that one sets is that of this host, on some file systems
+                file.write_text('the time of this file is that of its file system\n')
+                self._clock = file.stat().st_mtime
+            except OSError:
+                return time.time()
+        return self._clock
 
     def announce(self) -> int:
         """Return a file that lets whoever looks know that a poller of this host is alive, until it is closed.
@@ -470,6 +503,16 @@ def open_lock(path: StrPath) -> int:
     return fd
 
 
+def since_when(note: str) -> str:
+    """Return what there is to add to a note `runs NAME of USER (pid PID, PATH)` of a script that has ended, or ''."""
+    match = re.fullmatch(r'runs (.+) of \S+ \(pid \d+, (/.+)\)', note)
+    with contextlib.suppress(OSError):
+        ago = time.time() - os.stat(f'{match[2]}/out/{match[1]}.exitcode').st_mtime if match else 0
+        if ago > OVERDUE:
+            return f', which ended {duration(ago)} ago: its poller stands still (Ctrl-Z?), or a daemon of it lives'
+    return ''
+
+
 class Place(NamedTuple):
     """Bytes of a lock file that are held together: by default the whole resource, else one place of many on it.
 
@@ -521,8 +564,8 @@ class Place(NamedTuple):
         if byte is None:
             return ''
         note = os.pread(fd, NOTE, NOTE * byte).decode('utf-8', 'replace').strip('\0\n ')
-        note = note.replace(f' of {user_name(os.getuid())} (', ' of yours (')
-        return shown(note or f'locked, and not by fastgpu (fuser -v {self.path} tells by whom)')
+        who = note.replace(f' of {user_name(os.getuid())} (', ' of yours (') + since_when(note)
+        return shown(who or f'locked, and not by fastgpu (fuser -v {self.path} tells by whom)')
 
     def why_locked(self) -> str:
         """Return why it is not free: '', or `busy: who`, or `unusable: why`."""
@@ -607,6 +650,16 @@ def session_groups(leader: int, dying: bool = True) -> set[int]:
     return groups
 
 
+def pids_with(path: str) -> list[int]:
+    """Return the pids of the other processes of this user that have a file open (proc(5), fd)."""
+    pids = set()
+    for process in map(Path, glob.iglob('/proc/[0-9]*')):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(fd) == path for fd in os.scandir(process / 'fd')):
+                pids.add(int(process.name))
+    return sorted(pids - {os.getpid()})
+
+
 def describe(code: int | None) -> str:
     """Return what the exit status `code` of a shell says, in a few words."""
     if code is None:
@@ -677,6 +730,16 @@ class Record(dict[str, Any]):
     def lock(self) -> bool:
         """Lock the open file, if nobody else has; return whether it is locked by us. Raises OSError."""
         return self.place.lock(self.fd)
+
+    def open_for_script(self) -> int:
+        """Return the file opened once more, with a lock of its own, for the script alone. Raises OSError."""
+        fd = os.open(self.place.path, os.O_RDWR)
+        self.place.asking.lock(fd)
+        return fd
+
+    def is_script_alive(self) -> bool:
+        """Return whether something of the script still has the file of `open_for_script`. Raises OSError."""
+        return self.place.asking.locked_byte(self.fd) is not None
 
     def is_locked(self) -> bool:
         """Return whether somebody else has locked the open file. Raises OSError."""
@@ -876,8 +939,13 @@ class Run:
 
     def launch(self, command: Sequence[str], locks: Iterable[int], environment: dict[str, str]) -> None:
         """Start `command` under a shim that inherits our files `locks`. Raises OSError where that fails."""
-        with open(self.out('stdout'), 'ab', 0) as stdout, open(self.out('stderr'), 'ab', 0) as stderr:
-            self.shim.start(command, stdout=stdout, stderr=stderr, pass_fds=(self.record.fd, *locks), env=environment)
+        own = self.record.open_for_script()
+        try:
+            with open(self.out('stdout'), 'ab', 0) as stdout, open(self.out('stderr'), 'ab', 0) as stderr:
+                self.shim.start(command, stdout=stdout, stderr=stderr, pass_fds=(self.record.fd, own, *locks),
+                                env=environment)
+        finally:
+            os.close(own)
         self.is_new = True
         self.record['pid'] = self.shim.pid
         with contextlib.suppress(OSError):  # a full disk: while we live, we know it
@@ -1005,6 +1073,8 @@ class Run:
             return 'complete' if code == 0 else 'to_run' if stopped else 'fail', describe(code)
         if os.path.lexists(self.out('exitcode')):  # an empty file is all that the shim could write
             return 'to_run' if stopped else 'fail', 'status unknown, the disk was full'
+        if len(os.fsencode(self.script)) > 255:  # an edited record
+            return 'fail', 'cut off, and its record has a name that no file can have'
         if stopped or self.record.get('cancelled'):
             return 'to_run', 'killed'
         if self.record.get('shim_killed'):
@@ -1022,6 +1092,7 @@ class ResourcePoolBase:
     checks nothing.
     """
     kind = 'worker'  # what a resource is called in messages
+    lingers = 0.0  # seconds until what a script left running on it is certainly seen there
 
     def __init__(self, path: StrPath, only_look: bool = False) -> None:
         fd = 0
@@ -1104,6 +1175,12 @@ class ResourcePoolBase:
             if ident not in self._locks and not self.lock(ident):
                 raise FastgpuError(f'{self.kind} {self.label(ident)} {self.reasons.get(ident) or "busy"}')
         return [self._locks[ident] for ident in ids]
+
+    def rest(self, ids: Iterable[Any], reason: str) -> None:
+        """Do not take `ids` for the time that this kind of resource `lingers`: for them, nobody can tell before."""
+        for ident in ids if self.lingers else ():
+            self._ask_at[self.place(ident).path] = time.monotonic() + self.lingers
+            self.reasons[ident] = f'busy: {reason}: waiting {self.lingers:.0f} s to see whether that uses it'
 
     def sign(self, ids: Iterable[Any], text: str) -> None:
         """Write into the lock files of `ids`, which we hold, what they are held for, for whoever waits for them."""
@@ -1519,6 +1596,7 @@ class ResourcePoolGPU(ResourcePoolBase):
     Raises FastgpuError where there are no GPUs.
     """
     kind = 'gpu'
+    lingers = 30.0  # CUDA takes seconds to start
 
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
@@ -1637,8 +1715,8 @@ class News:
 class Pending:
     """What waits in to_run: which script is next, and what cannot start and why."""
 
-    def __init__(self, folder: Path, news: News) -> None:
-        self.folder, self.news = folder, news
+    def __init__(self, queue: Queue, news: News) -> None:
+        self.queue, self.folder, self.news = queue, queue.to_run, news
         self.names: list[str] = []  # what is left of the last list, backwards
         self.passed: dict[str, str] = {}  # what of that list was passed over, and why
         self._unfit: dict[Hashable, str] = {}  # why a script, as long as it is the same file, can never start
@@ -1693,7 +1771,7 @@ class Pending:
 
     def condition(self, name: str) -> str:
         """Return what keeps a script from being run: nothing (''), or the reason in a few words."""
-        reason = condition(f'{self.folder}/{name}')
+        reason = condition(f'{self.folder}/{name}', self.queue.clock)
         return reason or (self._unfit.get((name, file_mark(self.folder / name)), '') if self._unfit else '')
 
     def hold(self, name: str, reason: str) -> None:
@@ -1783,6 +1861,9 @@ class Runs(dict[str, Run]):
             if code >= 0:
                 self.pool.unlock(*run.held)
                 self._cuts.pop(run.script, None)
+                if run.record.is_script_alive():
+                    run.record['left_behind'] = pids_with(run.record.place.path)
+                    self.pool.rest(run.held, f'{run.name} left something running')
             else:
                 # When its locks end is for the kernel, and from here on it is a run that we found. One that kills its
                 # own group each time would go round for ever: the second time counts as its end.
@@ -1796,7 +1877,11 @@ class Runs(dict[str, Run]):
         return freed
 
     def look_around(self) -> None:
-        """See to all runs in running/, whoever started them, and list to_run even if it seems unchanged."""
+        """See to all runs in running/, whoever started them, and list to_run even if it seems unchanged.
+
+        Raises OSError, also where the queue is not the one it was.
+        """
+        self.queue.check_is_there()
         for name in names_in(self.queue.running):
             self.setdefault(name, Run(self.queue, name))
         self.collect(others=True)
@@ -1817,8 +1902,7 @@ class Runs(dict[str, Run]):
                 done = self.finish(run) if state == ENDED else others and self.see_to(run, state)
             except OSError as error:
                 self.news.say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
-                with contextlib.suppress(OSError):
-                    setup_dirs(self.queue.path)  # one of them may be gone
+                self.queue.mend()
                 continue
             if done:
                 run.record.close()
@@ -1868,6 +1952,9 @@ class Runs(dict[str, Run]):
         folder, text = run.settle(code, finished)
         if text:
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
+        if 'left_behind' in run.record:
+            pids = ', '.join(map(str, run.record['left_behind'])) or 'unknown'
+            log(f'{self.where(run.ids)}: {shown(run.name)} left something running (pid {pids}); end it by `wait`')
         self.tally.add(run, folder)
         return True
 
@@ -1893,10 +1980,11 @@ class Poller:
         self.pool, self.queue = pool, pool.queue
         self.signals: list[int] = []
         self.news = News()
-        self.pending = Pending(self.queue.to_run, self.news)
+        self.pending = Pending(self.queue, self.news)
         self.runs = Runs(pool, self.pending, self.signals, self.news)
         self.lent: list[Any] = []  # the resources that were locked when `poll_scripts` was called
         self.stop_at: float | None = None  # when we began to stop scripts
+        self.gone_at: float | None = None  # since when the queue is gone
         pool.between = self.runs.keep_up
 
     def poll_scripts(self, poll_interval: float, exit_when_empty: bool) -> int:
@@ -1912,14 +2000,7 @@ class Poller:
         try:
             if ours:  # so that Ctrl-C does the same in a notebook as in the command
                 signal.signal(signal.SIGINT, lambda signum, frame: self.signals.append(signum))
-            while True:
-                freed = runs.release()
-                if time.monotonic() >= runs.look_at:
-                    runs.look_around()
-                self.start(hurry=freed)  # before what has ended is filed: no resource waits for that
-                runs.collect()
-                if self.stop() if self.signals else exit_when_empty and self.is_finished():
-                    break
+            while not self.turn(exit_when_empty):
                 log.bottom(runs.tally.progress(runs.values(), 0 if self.signals else len(pending.names)))
                 self.sleep(poll_interval)
             assert not self.loose(), f'held, and for no script: {self.loose()}'
@@ -1930,6 +2011,35 @@ class Poller:
             if ours:
                 signal.signal(signal.SIGINT, handler)
         return self.sum_up()
+
+    def turn(self, exit_when_empty: bool) -> bool:
+        """Do once what there is to do; return whether that was all."""
+        done = False
+        try:
+            freed = self.runs.release()
+            done = bool(self.signals) and self.stop()
+            if time.monotonic() >= self.runs.look_at:
+                self.runs.look_around()
+                self.gone_at = None
+            self.start(hurry=freed)  # before what has ended is filed: no resource waits for that
+            self.runs.collect()
+            done = done or (exit_when_empty and not self.signals and self.is_finished())
+        except OSError as error:
+            self.bear(error)
+            self.runs.collect()  # at least what is ours
+        return done
+
+    def bear(self, error: OSError) -> None:
+        """Say that the queue cannot be seen now; raise the error where it was gone already a second ago."""
+        now = time.monotonic()
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            self.gone_at = None
+        elif self.gone_at is None:
+            self.gone_at = now
+        elif now >= self.gone_at + LOOK_AROUND:
+            raise error
+        self.news.say('/queue', f'cannot see the queue now: {explain(error)}; trying again')
+        self.runs.look_at = now + LOOK_AROUND
 
     def start(self, hurry: bool) -> None:
         """Start what can be started, in a `hurry` because a resource just became free."""
@@ -1969,7 +2079,10 @@ class Poller:
         if ids:
             self.run(name, ids)
         elif number > 1:
-            self.news.say(name, f'{shown(name)} waits for {number} {pool.kind}s at once, and all behind it wait too')
+            usable = len({pool.place(ident).path for ident in pool.all_ids()
+                          if not pool.reasons.get(ident, '').startswith('unusable')})
+            what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
+            self.news.say(name, f'{shown(name)} waits for {what}, and all behind it wait too')
         return bool(ids)
 
     def run(self, script: StrPath, ids: Sequence[Any], refusal: str = '') -> bool:
@@ -2278,6 +2391,9 @@ def check_path(path: str) -> None:
 def main(args: list[str] | None = None) -> int:
     """Run the command with `args` (default: those of the process) and return its exit status."""
     status, text = 0, ''
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # whoever started us closed it
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
     try:
         options = parse(args)
         check_path(options.path)
@@ -2317,6 +2433,9 @@ def poll(options: argparse.Namespace) -> int:
     """Run the scripts of the queue; return the exit status."""
     pool = find_pool(options)
     pool.wrapper = options.wrapper
+    inherited = [os.readlink(fd) for fd in glob.glob('/proc/self/fd/*') if os.path.exists(fd)]
+    if any(file.startswith(f'{pool.queue.out}/') and file.endswith('.json') for file in inherited):
+        raise FastgpuError('this runs in a script of the same queue, and would wait for itself: use another --path')
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, if our parent did, it would hide how the shims end
     if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # as of a job that a shell has put into the background
         signal.signal(signal.SIGTERM, lambda signum, frame: pool.interrupt(signum))

@@ -274,6 +274,55 @@ def test_find_next_script_is_the_first_executable_file_or_link(queue):
     assert find_next_script(str(to_run)) == to_run / 'e-link'
 
 
+@pytest.mark.parametrize('name', ['#a.sh#', '.#a.sh', 'a.sh~', 'a.sh.bak', 'a.sh.orig', '.a.sh.swp', 'a.sh.swp'])
+def test_what_editors_leave_is_no_script(queue, name):
+    queue.add('a.sh', 'echo new')
+    queue.add(name, 'echo half typed')
+    status, log = queue.poll()
+    assert (status, name in log) == (0, False)
+    assert queue.all() == {'a.sh': 'complete', name: 'to_run'}
+
+
+@pytest.mark.skipif(not shutil.which('emacs'), reason='there is no emacs here')
+def test_what_emacs_leaves_while_one_edits_is_no_script(queue):
+    script = queue.add('a.sh', 'echo old')
+    edit = (f'(progn (find-file "{script}") (goto-char (point-max)) (insert "echo typed") (do-auto-save) '
+            '(princ (directory-files ".")) (kill-emacs))')
+    subprocess.run(['emacs', '-Q', '--batch', '--eval', edit], check=True, cwd=queue.path / 'to_run')
+    (queue.path / 'to_run' / '#a.sh#').chmod(0o755)
+    os.utime(queue.path / 'to_run' / '#a.sh#', (1, 1))
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete', '#a.sh#': 'to_run'}
+
+
+def test_an_empty_file_is_not_ready(queue):
+    script = queue.add('a.sh', head='')
+    script.write_text('')
+    os.utime(script, (1, 1))
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert 'to_run/a.sh cannot run: empty\n' in log
+
+
+@pytest.mark.parametrize('ahead', [0.02, 2, -2])
+def test_just_written_is_by_the_clock_of_the_file_system_not_by_ours(queue, tmp_path, ahead):
+    (tmp_path / 'sitecustomize.py').write_text('import time\nright = time.time\n'
+                                               f'time.time = lambda: right() + {ahead}\n')
+    poller = queue.start('--workers', '2', '--exit', '0', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    for number in range(10):
+        with open(queue.path / 'to_run' / f'{number}.sh', 'w') as file:
+            os.fchmod(file.fileno(), 0o755)
+            file.write('#!/bin/sh\n')
+            for _ in range(12):
+                file.flush()
+                time.sleep(0.03)  # as a copy over a slow line
+                file.write('echo one more line\n')
+    until(lambda: len(queue.names('complete')) == 10)
+    assert {queue.out(f'{number}.sh.stdout') for number in range(10)} == {'one more line\n' * 12}
+    poller.kill()
+
+
 def test_a_script_just_written_is_not_taken_yet(queue):
     script = queue.add('a.sh')
     os.utime(script)
@@ -1286,7 +1335,8 @@ def test_pkill_of_fastgpu_ends_the_poller_and_no_script(queue):
 
 def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
     queue.add('a.sh', queue.gate())
-    command = f'exec {sys.executable} {MODULE} --workers 1 --path {queue.path} <&- >&- 2>&-'
+    command = shlex.join([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)])
+    command = f'exec {command} <&- >&- 2>&-'
     first = subprocess.Popen(['/bin/sh', '-c', command])
     queue.pollers.append(first)
     kill_holding(first, queue, 'a.sh', queue.path)
@@ -1610,6 +1660,77 @@ def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queu
     assert queue.poll(cwd=queue.path)[1].count('s): said nothing (out/a.sh.stderr)\n') == 1
 
 
+@pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
+def test_a_folder_that_cannot_be_read_for_a_while_is_said_and_looked_at_again(queue, tmp_path, number):
+    (tmp_path / 'sitecustomize.py').write_text(f"""
+import os
+listdir = os.listdir
+def fails(path='.'):
+    if str(path).endswith('running') and os.path.exists({str(tmp_path / 'away')!r}):
+        raise OSError({number}, os.strerror({number}), str(path))
+    return listdir(path)
+os.listdir = fails
+""")
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    queue.pid('a.sh')
+    (tmp_path / 'away').touch()
+    said = f'cannot see the queue now: {queue.path}/running: {os.strerror(number)}; trying again'
+    until(lambda: said in poller.log())
+    queue.open_gate()
+    until(lambda: queue.names('complete') == ['a.sh'])  # which needs no look there
+    assert poller.poll() is None
+    (tmp_path / 'away').unlink()
+    assert poller.wait(30) == 0
+    assert poller.log().count('cannot see') == 1
+
+
+def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text("""
+import os
+listdir = os.listdir
+def fails(path='.'):
+    if str(path).endswith('running') and os.path.exists(os.path.join(path, 'a.sh')):
+        raise OSError(5, os.strerror(5), str(path))
+    return listdir(path)
+os.listdir = fails
+""")
+    queue.add('a.sh', 'exec sleep 1000')
+    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    until(lambda: 'cannot see the queue now' in poller.log())
+    poller.terminate()
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_a_script_that_needs_more_gpus_than_can_be_used_now_says_so(gpus, queue):
+    gpus.change(1, memory=15)
+    queue.add('a.sh', '#SBATCH --gpus=2')
+    poller = queue.start('--exit', '1')
+    until(lambda: 'a.sh waits for 2 gpus at once (only 1 can be used now), and all behind it wait too' in poller.log())
+    gpus.change(1, memory=0)
+    assert poller.wait(30) == 0
+
+
+def test_a_record_with_a_name_that_no_file_can_have_goes_to_fail_and_is_named(queue):
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'x' * 300, **fastgpu.this_host(), 'ids': [0], 'started': 1.0, 'pid': 2**22 + 1}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert 'fail a.sh (cut off, and its record has a name that no file can have' in log
+
+
+def test_a_poller_in_a_script_of_its_own_queue_is_refused(queue):
+    command = shlex.join([sys.executable, str(MODULE), '--workers', '2', '--path', str(queue.path)])
+    queue.add('a.sh', command)
+    status, log = queue.poll('--workers', '1')
+    assert status == 1
+    assert 'fail a.sh (status 2, ' in log
+    assert 'this runs in a script of the same queue, and would wait for itself: use another --path' in log
+
+
 # --- Rule 7: the folders stay true under mv, rm and cp ----------------------------------------------------------------
 
 def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
@@ -1672,6 +1793,60 @@ def test_cancelling_works_for_the_script_of_a_dead_poller_too(queue):
     assert queue.out('a.sh.exitcode') == '143'
     assert queue.record('a.sh')['cancelled'] is True
     assert queue.all() == {'a.sh': 'fail'}
+
+
+def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue):
+    for name in 'ab':
+        queue.add(name, queue.gate('gate-of-all'))
+    queue.add('c', queue.gate('first'))
+    gates = queue.path.parent
+    for script in (queue.path / 'to_run').iterdir():
+        script.write_text(script.read_text().replace(str(queue.path), str(gates)))
+        os.utime(script, (1, 1))
+    log = gates / 'log'
+    poller = queue.start('--workers', '3', log=log)
+    for name in 'abc':
+        queue.pid(name)
+    moved = queue.path.rename(gates / 'moved')
+    (gates / 'first').touch()  # what ends now makes its poller look for a folder
+    assert poller.wait(30) == 1
+    assert 'what runs goes on, and the next fastgpu_poll files it' in poller.log()
+    assert 'cancel' not in poller.log()
+    assert not queue.path.exists()
+    queue.path = moved
+    assert {'a', 'b'} <= set(queue.names('running'))
+    (gates / 'gate-of-all').touch()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can mount')
+def test_a_queue_that_is_unmounted_is_not_made_anew_below(tmp_path, queue):
+    mounted = tmp_path / 'mounted'
+    mounted.mkdir()
+    if subprocess.run(['mount', '--bind', queue.path, mounted], check=False, capture_output=True).returncode:
+        pytest.skip('cannot mount here')
+    script = queue.add('a.sh', queue.gate())
+    log = tmp_path / 'log'
+    with open(log, 'w') as err:
+        poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', mounted], stderr=err)
+    queue.pollers.append(poller)
+    queue.pid('a.sh')
+    subprocess.run(['umount', '--lazy', mounted], check=True)
+    assert poller.wait(30) == 1
+    assert list(mounted.iterdir()) == []
+    assert not script.exists()
+    assert 'cancel' not in log.read_text()
+    queue.open_gate()
+
+
+@pytest.mark.parametrize('folder', ['complete', 'fail'])
+def test_the_folders_of_what_ended_are_made_anew_when_they_are_missing(queue, folder):
+    queue.add('a.sh', queue.gate() + f'exit {int(folder == "fail")}')
+    poller = queue.start('--workers', '1')
+    queue.pid('a.sh')
+    (queue.path / folder).rmdir()
+    queue.open_gate()
+    assert poller.wait(30) == int(folder == 'fail')
+    assert queue.all() == {'a.sh': folder}
 
 
 def test_mv_back_from_fail_runs_again_and_keeps_both_outputs(queue):
@@ -1840,7 +2015,7 @@ def test_a_slot_is_free_only_when_all_that_a_cancelled_script_started_is_gone(qu
     # So much memory takes a while to be given back, and only then is the file closed.
     child = ('import signal; signal.signal(15, signal.SIG_IGN)\n'
              'memory = b"x" * (400 << 20); print("ready", flush=True); signal.pause()')
-    queue.add('a.sh', f"trap 'exit 9' TERM; exec 9>{queue.path}/held; flock 9; {sys.executable} -c '{child}' & wait")
+    queue.add('a.sh', f"trap 'exit 9' TERM; exec 9>{queue.path}/held; flock 9; '{sys.executable}' -c '{child}' & wait")
     queue.add('b.sh', f'exec 9>{queue.path}/held; flock -n 9')
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
@@ -1966,7 +2141,7 @@ def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back
         queue.add(f'{number}.sh', f'[ -e {queue.path}/again ] || {{ echo $$; {queue.gate()} }}')
     batch = queue.path / 'batch'
     batch.write_text('#!/bin/sh\n#SBATCH --nodes=3 --ntasks-per-node=1 --time=10\n'
-                     f'srun {sys.executable} {MODULE} --path {queue.path} --workers 1\n')
+                     f'srun "{sys.executable}" "{MODULE}" --path {queue.path} --workers 1\n')
     job = subprocess.run(['sbatch', '--parsable', '--output', queue.path / 'batch.log', batch], check=True,
                          capture_output=True, text=True).stdout.strip()
     until(lambda: len([number for number in range(6) if queue.has_out(f'{number}.sh.stdout')]) == 3)
@@ -2347,6 +2522,43 @@ def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
     runs = [queue.record(f'{n}.sh') for n in range(8)]
     gaps = sorted(after['started'] - before['finished'] for before, after in zip(runs, runs[1:]))
     assert gaps[4] < 1  # the median: no wait for the next second
+
+
+def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(gpus, queue, monkeypatch, capsys):
+    gpus.have(1)
+    monkeypatch.setattr(ResourcePoolGPU, 'lingers', 3.0)
+    queue.add('a.sh', f'({queue.gate()}) & echo $!')
+    queue.add('b.sh')
+    assert ResourcePoolGPU(queue.path).poll_scripts() == 0
+    log = capsys.readouterr().err
+    pid = int(queue.out('a.sh.stdout'))
+    assert re.search(rf'gpu 0: a.sh left something running \(pid (\d+, )?{pid}(, \d+)?\); end it by `wait`', log)
+    assert 'gpu 0 busy: a.sh left something running: waiting 3 s to see whether that uses it' in log
+    assert pid in queue.record('a.sh')['left_behind']
+    assert queue.record('b.sh')['started'] - queue.record('a.sh')['finished'] > 2.5
+    assert 'left_behind' not in queue.record('b.sh')
+    queue.open_gate()
+
+
+def test_why_a_gpu_of_a_poller_that_stands_still_is_busy(gpus, tmp_path):
+    gpus.have(1)
+    first, second = Queue(tmp_path / 'one'), Queue(tmp_path / 'two')
+    first.add('a.sh', first.gate())
+    stopped = first.start('--exit', '1')
+    first.pid('a.sh')
+    stopped.send_signal(signal.SIGSTOP)
+    first.open_gate()
+    until(lambda: first.has_out('a.sh.exitcode'))
+    os.utime(first.path / 'out' / 'a.sh.exitcode', (time.time() - 600,) * 2)
+    second.add('b.sh')
+    waiting = second.start('--exit', '1')
+    until(lambda: re.search(r'gpu 0 busy: runs a.sh of yours \(pid \d+, .*/one\), which ended 0:10:0\d ago: its poller '
+                            r'stands still \(Ctrl-Z\?\), or a daemon of it lives\n', waiting.log()))
+    stopped.send_signal(signal.SIGCONT)
+    assert (stopped.wait(30), waiting.wait(30)) == (0, 0)
+    for queue in first, second:
+        for poller in queue.pollers:
+            poller.wait()
 
 
 def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(gpus, queue):
@@ -3568,7 +3780,8 @@ class Bench:
 
     def time(self, who, queue):
         """Run the queue to its end with a peer, or with fastgpu and the options `who`; return the seconds."""
-        command = PEERS.get(who, f'{sys.executable} {MODULE} {who} --path {queue.path}').format(queue.path / 'to_run')
+        ours = f'"{sys.executable}" "{MODULE}" {who} --path {queue.path}'
+        command = PEERS.get(who, ours).format(queue.path / 'to_run')
         began = time.monotonic()
         subprocess.run(command, shell=True, stderr=subprocess.DEVNULL, env={**os.environ, 'ORIGINAL': ORIGINAL})
         return time.monotonic() - began
