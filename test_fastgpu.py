@@ -100,12 +100,12 @@ class Queue:
     def open_gate(self, name='gate'):
         (self.path / name).touch()
 
-    def start(self, *args, command=(sys.executable, str(MODULE)), log=None, **kwargs):
+    def start(self, *args, command=(sys.executable, str(MODULE)), log=None, stderr=None, **kwargs):
         """Start a poller in the background."""
         args = args or ('--workers', '2')
         log = log or self.path / f'poller-{len(self.pollers)}.log'
         with open(log, 'w') as err:
-            poller = subprocess.Popen([*command, *args, '--path', str(self.path)], stderr=err, stdout=err,
+            poller = subprocess.Popen([*command, *args, '--path', str(self.path)], stderr=stderr or err, stdout=err,
                                       stdin=subprocess.DEVNULL, **kwargs)
         poller.log = lambda: log.read_text(errors='surrogateescape')
         self.pollers.append(poller)
@@ -1795,7 +1795,8 @@ def test_cancelling_works_for_the_script_of_a_dead_poller_too(queue):
     assert queue.all() == {'a.sh': 'fail'}
 
 
-def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue):
+@pytest.mark.parametrize('another', [False, True], ids=['and nothing is there', 'and another is made there'])
+def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue, another):
     for name in 'ab':
         queue.add(name, queue.gate('gate-of-all'))
     queue.add('c', queue.gate('first'))
@@ -1808,11 +1809,13 @@ def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue):
     for name in 'abc':
         queue.pid(name)
     moved = queue.path.rename(gates / 'moved')
+    if another:
+        fastgpu.setup_dirs(queue.path)
     (gates / 'first').touch()  # what ends now makes its poller look for a folder
     assert poller.wait(30) == 1
     assert 'what runs goes on, and the next fastgpu_poll files it' in poller.log()
     assert 'cancel' not in poller.log()
-    assert not queue.path.exists()
+    assert queue.path.exists() == another
     queue.path = moved
     assert {'a', 'b'} <= set(queue.names('running'))
     (gates / 'gate-of-all').touch()
@@ -1831,11 +1834,12 @@ def test_a_queue_that_is_unmounted_is_not_made_anew_below(tmp_path, queue):
     queue.pollers.append(poller)
     queue.pid('a.sh')
     subprocess.run(['umount', '--lazy', mounted], check=True)
+    queue.open_gate()
+    until(lambda: 'cannot file a.sh now' in log.read_text())
     assert poller.wait(30) == 1
     assert list(mounted.iterdir()) == []
     assert not script.exists()
     assert 'cancel' not in log.read_text()
-    queue.open_gate()
 
 
 @pytest.mark.parametrize('folder', ['complete', 'fail'])
@@ -3138,7 +3142,7 @@ def test_a_terminal_has_a_line_of_progress_below_the_log_as_wide_as_it_is(queue)
 
 
 def test_a_terminal_that_tells_no_width_is_taken_for_80_columns(queue):
-    assert '1/2 done' in on_a_terminal(queue, columns=0)
+    assert re.search(r'1/2 done \(1 failed\), 1 running, about [0-9.]+ s left', on_a_terminal(queue, columns=0))
 
 
 def test_colours_and_progress_can_be_refused(queue):
@@ -3295,6 +3299,10 @@ def test_status_tells_the_pids_of_the_pollers(queue):
     pollers[0].kill()
     pollers[0].wait()
     assert status(queue, '--workers', '1')[0]['pollers'] == [pollers[1].pid]
+    others = [take_lock(fastgpu.Queue(queue.path).alive, pid, 1) for pid in (4194303, 3, 4194301, 2)]
+    assert status(queue, '--workers', '1')[0]['pollers'] == [2, 3, pollers[1].pid, 4194301, 4194303]
+    for fd in others:
+        os.close(fd)
 
 
 def test_status_of_edited_records_is_no_traceback(queue):
@@ -3609,7 +3617,8 @@ def test_exit_0_goes_on_polling(queue):
 # --- All seven rules: random fire -------------------------------------------------------------------------------------
 
 class Fire:
-    """Pollers on one queue with fake GPUs, killed and started at random, and a person who adds and moves scripts."""
+    """Pollers on one queue with fake GPUs, killed, stopped and started at random, on hosts of several names, some with
+    a log that nobody reads; and a person who adds, edits and moves scripts."""
 
     BODY = """exec 9>{path}/held/$FASTGPU_ID
 flock -n 9 || echo {token} >> {path}/clash
@@ -3622,10 +3631,44 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         (queue.path / 'held').mkdir()
         self.tokens, self.touched, self.kills = 0, set(), 0
         self.statuses = {}
-        self.live = []
+        self.live, self.unread = [], []
+        self.hosts = not os.getuid() and not subprocess.run(['unshare', '--uts', '--mount', 'true'], check=False,
+                                                            capture_output=True).returncode
 
     def start_poller(self):
-        self.live.append(self.queue.start('--exit', '0'))
+        options = {}
+        if self.random.random() < 0.2:
+            unread, options['stderr'] = os.pipe()
+            fcntl.fcntl(unread, fcntl.F_SETPIPE_SZ, 4096)
+            self.unread.append(unread)
+        if self.hosts and self.random.random() < 0.3:
+            options['command'] = on_host(self.random.choice(['one', 'two']))
+        self.live.append(self.queue.start('--exit', '0', **options))
+        if 'stderr' in options:
+            os.close(options['stderr'])
+
+    def freeze(self):
+        """Stop a poller, or a script, for a moment."""
+        pids = [poller.pid for poller in self.live]
+        for name in self.queue.names('running')[:1]:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                pid = self.queue.record(name)['pid']
+                if f'{name}.exitcode' in Path(f'/proc/{pid}/cmdline').read_text():
+                    pids.append(pid)
+        pid = self.random.choice(pids)
+        for signum in signal.SIGSTOP, signal.SIGCONT:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+            time.sleep(self.random.random() / 10)
+
+    def edit(self):
+        """Leave what an editor leaves while one edits, which must never run."""
+        number = self.random.randrange(30)
+        for name in f'#s{number}.sh#', f's{number}.sh~':
+            file = self.queue.path / 'to_run' / name
+            file.write_text(f'#!/bin/sh\necho {name} >> {self.queue.path}/clash\n')
+            file.chmod(0o755)
+            os.utime(file, (1, 1))
 
     def stop_poller(self):
         poller = self.live.pop(self.random.randrange(len(self.live)))
@@ -3652,7 +3695,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
 
     def move_by_hand(self):
         source = self.random.choice(['running', 'to_run', 'fail', 'complete'])
-        for name in self.queue.names(source)[:1]:
+        for name in [name for name in self.queue.names(source) if name[0] in 'st' and name[-1] != '~'][:1]:
             file = self.queue.path / source / name
             with contextlib.suppress(FileNotFoundError, FileExistsError):
                 self.touched.add(re.search('t[0-9]{5}', file.read_text())[0])
@@ -3670,7 +3713,8 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
     def rage(self, seconds):
         (self.queue.path / 'trash').mkdir()
         deadline = time.monotonic() + seconds
-        actions = [self.add] * 12 + [self.stop_poller] * 3 + [self.move_by_hand, self.cut_off]
+        actions = ([self.add] * 12 + [self.stop_poller] * 3
+                   + [self.move_by_hand, self.cut_off, self.freeze, self.edit])
         while time.monotonic() < deadline:
             while len(self.live) < 3:
                 self.start_poller()
@@ -3679,6 +3723,8 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         for poller in self.queue.pollers:  # all: one that was interrupted while Python itself started may go on
             poller.kill()
             poller.wait()
+        for unread in self.unread:
+            os.close(unread)
 
     def check(self):
         queue = self.queue
@@ -3691,6 +3737,8 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         ended = Counter((queue.path / 'ended').read_text().split())
         where = {}
         for name, folder in queue.all().items():
+            if name.startswith('#') or name.endswith('~'):
+                continue
             token = re.search('t[0-9]{5}', (queue.path / folder / name).read_text())[0]
             where.setdefault(token, []).append((folder, name))
         # TERM can meet a script that is about to end badly by itself: it is requeued, as what did not end well.
