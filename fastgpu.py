@@ -1984,7 +1984,7 @@ class Poller:
         self.runs = Runs(pool, self.pending, self.signals, self.news)
         self.lent: list[Any] = []  # the resources that were locked when `poll_scripts` was called
         self.stop_at: float | None = None  # when we began to stop scripts
-        self.gone_at: float | None = None  # since when the queue is gone
+        self.gone_at = 0.0  # since when the queue is gone
         pool.between = self.runs.keep_up
 
     def poll_scripts(self, poll_interval: float, exit_when_empty: bool) -> int:
@@ -2020,7 +2020,8 @@ class Poller:
             done = bool(self.signals) and self.stop()
             if time.monotonic() >= self.runs.look_at:
                 self.runs.look_around()
-                self.gone_at = None
+                self.gone_at = 0.0
+                self.news.forget('/queue')
             self.start(hurry=freed)  # before what has ended is filed: no resource waits for that
             self.runs.collect()
             done = done or (exit_when_empty and not self.signals and self.is_finished())
@@ -2032,12 +2033,10 @@ class Poller:
     def bear(self, error: OSError) -> None:
         """Say that the queue cannot be seen now; raise the error where it was gone already a second ago."""
         now = time.monotonic()
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            self.gone_at = None
-        elif self.gone_at is None:
-            self.gone_at = now
-        elif now >= self.gone_at + LOOK_AROUND:
-            raise error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            self.gone_at = self.gone_at or now
+            if now >= self.gone_at + LOOK_AROUND:
+                raise error
         self.news.say('/queue', f'cannot see the queue now: {explain(error)}; trying again')
         self.runs.look_at = now + LOOK_AROUND
 
@@ -2193,7 +2192,7 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     for name in names['running']:
         run, state = look_at_run(queue, name)
         runs.append(run)
-        if run['host'] != queue.host:
+        if state in (ELSEWHERE, LOST):
             elsewhere.append(run)
             continue
         for ident in run['ids']:
