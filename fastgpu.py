@@ -246,7 +246,7 @@ def check_safe(path: Path, folders: list[Path]) -> None:
         status = folder.stat()
         if status.st_uid != me and not (folder == path and status.st_uid == 0):
             owner, mend = user_name(status.st_uid), f'chown -R {user_name(me)} {shlex.quote(str(path))}'
-            raise FastgpuError(shown(f'{folder} belongs to {owner}: run it as {owner}, or make it yours: {mend}'))
+            raise FastgpuError(shown(f'{folder} belongs to {owner}: run it as {owner}, or make it yours: sudo {mend}'))
         # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
         if others_can_write(status) and not (folder == path and status.st_mode & stat.S_ISVTX):
             unsafe.append(shlex.quote(str(folder)))
@@ -673,7 +673,7 @@ def last_line(path: StrPath) -> str:
     """Return the last line in `path` that is not blank, or '', in at most 200 characters."""
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         file.seek(-min(4096, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        lines = file.read().decode('utf-8', 'replace').split('\n')
+        lines = re.split('[\r\n]', file.read().decode('utf-8', 'replace'))  # a progress bar ends in \r
         return shown(next((line.strip() for line in reversed(lines) if line.strip()), ''))[:200]
     return ''
 
@@ -685,6 +685,8 @@ def first_line_trouble(script: Path, code: int | None) -> str:
     """
     with contextlib.suppress(OSError), open(script, 'rb') as file:
         line = file.readline(300).rstrip(b'\n')
+        if line.startswith(b'\xef\xbb\xbf#!'):
+            return 'a byte order mark stands before its #!: save it without one'
         if not line.startswith(b'#!'):
             return 'it has no #! line, so /bin/sh ran it: for Python, begin it with #!/usr/bin/env python3'
         interpreter = os.fsdecode(line[2:].strip(b' \t').split(b' ')[0])
@@ -1954,7 +1956,8 @@ class Runs(dict[str, Run]):
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
         if 'left_behind' in run.record:
             pids = ', '.join(map(str, run.record['left_behind'])) or 'unknown'
-            log(f'{self.where(run.ids)}: {shown(run.name)} left something running (pid {pids}); end it by `wait`')
+            what = f'{shown(run.name)} left something running (pid {pids}): let the script `wait` for it'
+            log(f'{self.where(run.ids)}: {what}')
         self.tally.add(run, folder)
         return True
 
@@ -2159,12 +2162,14 @@ class Poller:
         if not self.signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or "new"})')
+        if self.runs:  # of an earlier poller, or not to be killed
+            log(f'still running, and the next fastgpu_poll files it: {shown(shlex.join(self.runs))}')
         if self.runs.tally.done() or left:
             lines = self.runs.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left))
             log(f'{shown(self.queue.host)}: ' * self.runs.many_hosts + lines[0])
             for line in lines[1:]:
                 log(line)
-        else:
+        elif not self.runs:
             log(f'nothing to run in {shown(self.queue.to_run)}' + ', which was made just now' * self.queue.is_new)
         if failed:
             more = f' and {len(failed) - 10} more' * (len(failed) > 10)
@@ -2365,6 +2370,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
 def what_was_meant(word: str, options: list[str]) -> str:
     """Return a hint to who gave a `word` that is none of the `options`."""
     import difflib  # here, because it costs a start that needs none of it 2 ms
+    if os.path.isdir(word):
+        return f': did you mean --path {word}?'
     if not word.startswith('-'):
         return ': a script goes into to_run (mv or cp), a command into the standard input of --add'
     if word.startswith('--gpus'):
@@ -2380,8 +2387,11 @@ def check_path(path: str) -> None:
         os.getcwd()
     except FileNotFoundError:
         raise FastgpuError('the current folder was removed: cd to one that exists') from None
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     if not os.path.lexists(path):
-        raise FastgpuError(shown(f'{path or "an empty --path"}: there is no such folder; mkdir makes it'))
+        tilde = '; a shell takes ~ for your home only after a space' * path.startswith('~')
+        raise FastgpuError(shown(f'{path or "an empty --path"}: there is no such folder{tilde or "; mkdir makes it"}'))
     folder, name = os.path.split(os.path.realpath(path))
     if name in ('to_run', 'running', 'complete', 'fail', 'out') and os.path.isdir(f'{folder}/to_run'):
         raise FastgpuError(shown(f'{path} is a folder of a queue: give its --path, {shlex.quote(folder)}'))
@@ -2397,7 +2407,7 @@ def main(args: list[str] | None = None) -> int:
         options = parse(args)
         check_path(options.path)
         if options.add:
-            text = '\n'.join(map(shown, read_commands(options.path))) + '\n'
+            text = ''.join(f'{shown(name)}\n' for name in read_commands(options.path))
         elif options.status:
             seen = look_at_queue(find_pool(options, only_look=True))
             text = (json.dumps(seen, default=str, indent=1) if options.json else screen(seen)) + '\n'

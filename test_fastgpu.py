@@ -81,7 +81,7 @@ class Queue:
     """A folder to poll, the pollers that were started on it, and gates that hold its scripts until they are opened."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.q = path, shlex.quote(str(path))  # the second one for a shell
         self.pollers = []
         fastgpu.setup_dirs(path)
 
@@ -95,7 +95,7 @@ class Queue:
 
     def gate(self, name='gate'):
         """Return shell words that wait until `open_gate` is called."""
-        return f'while [ ! -e {self.path / name} ]; do sleep 0.01; done; '
+        return f'while [ ! -e {self.q}/{name} ]; do sleep 0.01; done; '
 
     def open_gate(self, name='gate'):
         (self.path / name).touch()
@@ -293,6 +293,26 @@ def test_what_emacs_leaves_while_one_edits_is_no_script(queue):
     os.utime(queue.path / 'to_run' / '#a.sh#', (1, 1))
     assert queue.poll()[0] == 0
     assert queue.all() == {'a.sh': 'complete', '#a.sh#': 'to_run'}
+
+
+def test_the_scripts_of_an_earlier_poller_that_run_on_are_named_when_one_is_stopped(queue):
+    queue.add('a.sh', queue.gate())
+    first = queue.start('--workers', '1')
+    queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
+    second.terminate()
+    assert second.wait(30) == 143
+    assert 'still running, and the next fastgpu_poll files it: a.sh\n' in second.log()
+    assert 'nothing to run' not in second.log()
+    queue.open_gate()
+
+
+def test_a_progress_bar_is_no_last_line(queue):
+    queue.add('a.sh', 'printf "10%%\\r20%%\\r30%%\\r" >&2; exit 1')
+    assert re.search(r'fail a.sh \(status 1, \d.\d s\): 30% \(', queue.poll()[1])
 
 
 def test_an_empty_file_is_not_ready(queue):
@@ -636,7 +656,7 @@ def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
 
 def test_slots_are_used_at_once_and_reused(queue):
     for name in 'abcd':
-        queue.add(name, f'echo $FASTGPU_ID; touch {queue.path}/{name}; ' + queue.gate())
+        queue.add(name, f'echo $FASTGPU_ID; touch {queue.q}/{name}; ' + queue.gate())
     poller = queue.start('--workers', '3')
     until(lambda: all((queue.path / name).exists() for name in 'abc'))
     assert queue.all() == {'a': 'running', 'b': 'running', 'c': 'running', 'd': 'to_run'}
@@ -656,15 +676,16 @@ def test_a_script_without_interpreter_line_runs_under_sh(queue):
     ('#!/bin/sh\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
     ('#!/usr/bin/env python3\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
     ('#!python3\n', 'its #! line needs a path: #!/usr/bin/env python3'),
+    ('\ufeff#!/bin/sh\n', 'a byte order mark stands before its #!: save it without one'),
     ('#!/no/such/python3 -u\n', 'its interpreter /no/such/python3 does not exist'),
     ('#!/bin/sh\n', '.*no-such-command: not found'),
-], ids=['none', 'windows', 'windows behind env', 'no path', 'missing', 'good'])
+], ids=['none', 'windows', 'windows behind env', 'no path', 'byte order mark', 'missing', 'good'])
 def test_why_a_first_line_made_a_script_fail_is_said_and_what_to_put_there(queue, head, said):
     queue.add('a.py', 'no-such-command (\n' if head == '' else 'no-such-command', head=head)
     status, log = queue.poll()
     assert status == 1
     fail = queue.path / 'fail' / 'a.py'
-    said = said if said[0] == '.' else re.escape(said.format(fail=fail))
+    said = said if said[0] == '.' else re.escape(said.format(fail=shlex.quote(str(fail))))
     assert re.search(rf'fail a.py \(status \d+, \d.\d s\): {said} \(', log)
     if 'sed' in said:
         command = re.search(r'sed .*?(?= mends that)', log)[0]
@@ -757,7 +778,7 @@ def test_a_script_added_as_to_run_is_listed_is_not_overlooked_at_the_end(queue):
     # The time stamp of a folder is coarse: here it stays what it was when the poller listed the folder last.
     b = queue.add('b.sh')
     b.rename(queue.path / 'b.sh')
-    queue.add('a.sh', f'cd {queue.path}; sleep 0.5; touch -r to_run stamp; mv b.sh to_run; touch -r stamp to_run')
+    queue.add('a.sh', f'cd {queue.q}; sleep 0.5; touch -r to_run stamp; mv b.sh to_run; touch -r stamp to_run')
     assert queue.poll()[0] == 0
     assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
 
@@ -827,7 +848,7 @@ def test_a_name_is_taken_as_long_as_anything_is_left_of_it(queue):
 
 
 def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
-    queue.add('a.sh', f'echo run; [ -e {queue.path}/gate ] || exec sleep 1000')
+    queue.add('a.sh', f'echo run; [ -e {queue.q}/gate ] || exec sleep 1000')
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     queue.pid('a.sh')
@@ -896,7 +917,7 @@ def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, s
     for number in itertools.count(1, stride):
         queue = Queue(tmp_path / str(number))
         for name in 'a', 'b':  # the second starts before the first is filed
-            queue.add(f'{name}.sh', f'echo run >> {queue.path}/{name}; echo whole; {body}')
+            queue.add(f'{name}.sh', f'echo run >> {queue.q}/{name}; echo whole; {body}')
         crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
         code = crashing.wait(30)
         queue.let_empty_records_age()
@@ -964,7 +985,7 @@ def test_a_full_disk_delays_a_start_and_loses_nothing(small_disk, tmp_path):
 
 def test_a_script_that_ends_on_a_full_disk_is_filed_with_its_status_when_there_is_room(small_disk, tmp_path):
     queue = small_disk
-    queue.add('a.sh', f'while [ ! -e {tmp_path}/full ]; do sleep 0.01; done; exit 5')
+    queue.add('a.sh', f'while [ ! -e {shlex.quote(str(tmp_path))}/full ]; do sleep 0.01; done; exit 5')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
     filler = fill(queue.path)
@@ -980,7 +1001,7 @@ def test_a_script_that_ends_on_a_full_disk_is_filed_with_its_status_when_there_i
 
 def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_script_not_repeated(small_disk, tmp_path):
     queue = small_disk
-    queue.add('a.sh', f'while [ ! -e {tmp_path}/full ]; do sleep 0.01; done; echo x >> {tmp_path}/ran; exit 5')
+    queue.add('a.sh', f'cd {shlex.quote(str(tmp_path))}; until [ -e full ]; do sleep 0.01; done; echo >> ran; exit 5')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
     poller.kill()
@@ -1001,7 +1022,7 @@ def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_t
     queue = small_disk
     subprocess.run(['mount', '-o', 'remount,nr_inodes=60', queue.path], check=True)
     fill = 'n=0; while touch more$n 2>/dev/null; do n=$((n+1)); done'
-    queue.add('a.sh', f'echo >>{tmp_path}/runs; cd {queue.path}; {fill}; echo precious >&2; exit 254')
+    queue.add('a.sh', f'echo >>{shlex.quote(str(tmp_path))}/runs; cd {queue.q}; {fill}; echo precious >&2; exit 254')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
     until(lambda: 'cannot file a.sh now' in poller.log())
     for file in queue.path.glob('more*'):
@@ -1015,7 +1036,7 @@ def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_t
 
 def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
     queue = small_disk
-    queue.add('a.sh', f'while [ ! -e {tmp_path}/go ]; do sleep 0.01; done; exit 5')
+    queue.add('a.sh', f'while [ ! -e {shlex.quote(str(tmp_path))}/go ]; do sleep 0.01; done; exit 5')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
     pid = queue.pid('a.sh')
@@ -1119,7 +1140,7 @@ def test_a_queue_that_vanishes_ends_its_poller_with_one_line(queue):
 def test_two_pollers_run_200_scripts_once_each(queue):
     ran = queue.path / 'ran'
     for n in range(200):
-        queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {ran}')
+        queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {shlex.quote(str(ran))}')
     pollers = [queue.start('--workers', '2') for _ in range(2)]
     assert [poller.wait(60) for poller in pollers] == [0, 0]
     assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(200)})
@@ -1159,7 +1180,7 @@ def test_runs_of_another_host_are_left_alone_and_named(queue):
     status, log = queue.poll()
     assert status == 0
     assert queue.all() == {'a.sh': 'running'}
-    command = f'mv {queue.path}/running/a.sh {queue.path}/to_run/'
+    command = f'{shlex.join(["mv", f"{queue.path}/running/a.sh", f"{queue.path}/to_run"])}/'
     assert f'a.sh runs on far\\x1baway; if that host is gone: {command}\n' in log
     subprocess.run(command, shell=True, check=True)
     assert queue.poll()[0] == 0
@@ -1186,7 +1207,7 @@ def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
 
 
 def test_an_edited_record_does_not_make_its_script_run_twice(queue):
-    queue.add('a.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
+    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
     first = queue.start('--workers', '1')
     until(lambda: (queue.path / 'ran').exists() and 'pid' in queue.record('a.sh'))
     record = queue.path / 'out' / 'a.sh.json'
@@ -1211,8 +1232,8 @@ def on_host(name, boot=None):
 
 def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue, tmp_path):
     for n in range(40):
-        queue.add(f'{n:02}', f'echo {n} >> {queue.path}/ran')
-    queue.add('00', f'echo 0 >> {queue.path}/ran; ' + queue.gate())
+        queue.add(f'{n:02}', f'echo {n} >> {queue.q}/ran')
+    queue.add('00', f'echo 0 >> {queue.q}/ran; ' + queue.gate())
     hosts = []
     for name in 'one', 'two':
         (tmp_path / name).write_text(f'boot of {name}\n')
@@ -1309,7 +1330,7 @@ def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
 
 
 def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_again(queue):
-    queue.add('a.sh', f'echo run >> {queue.path}/ran; ' + queue.gate())
+    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
     queue.add('b.sh')
     poller = queue.start('--workers', '1')
     until(lambda: (queue.path / 'ran').exists())
@@ -1489,7 +1510,7 @@ def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_scri
 
 @pytest.mark.parametrize('times', [1, 2])
 def test_ctrl_c_in_the_api_drains_and_stops_as_in_the_command(queue, times):
-    queue.add('a.sh', queue.gate() if times == 1 else f'cd {queue.path}; [ -e ran ] || {{ touch ran; sleep 100; }}')
+    queue.add('a.sh', queue.gate() if times == 1 else f'cd {queue.q}; [ -e ran ] || {{ touch ran; sleep 100; }}')
     queue.add('b.sh')
     api = ('import fastgpu, signal\npool = fastgpu.FixedWorkerPool([0], ".")\nfirst = pool.poll_scripts()\n'
            'print(first, signal.getsignal(signal.SIGINT) == signal.default_int_handler, pool.poll_scripts())')
@@ -1575,7 +1596,7 @@ def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
 
 
 def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queue):
-    queue.add('cut.sh', f'echo run >> {queue.path}/ran; ' + queue.gate('never'))
+    queue.add('cut.sh', f'echo run >> {queue.q}/ran; ' + queue.gate('never'))
     queue.add('ended.sh', queue.gate() + 'exit 4')
     first = queue.start('--workers', '2')
     until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
@@ -1735,7 +1756,7 @@ def test_a_poller_in_a_script_of_its_own_queue_is_refused(queue):
 
 def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
     for name in 'moved.sh', 'removed.sh':
-        queue.add(name, f'echo ready >> {queue.path}/{name}; exec sleep 1000')
+        queue.add(name, f'echo ready >> {queue.q}/{name}; exec sleep 1000')
     poller = queue.start('--workers', '2', '--exit', '0')
     until(lambda: (queue.path / 'moved.sh').exists() and (queue.path / 'removed.sh').exists())
     os.rename(queue.path / 'running' / 'moved.sh', queue.path / 'moved-away.sh')
@@ -1854,7 +1875,7 @@ def test_the_folders_of_what_ended_are_made_anew_when_they_are_missing(queue, fo
 
 
 def test_mv_back_from_fail_runs_again_and_keeps_both_outputs(queue):
-    queue.add('a.sh', f'echo $$; [ -e {queue.path}/gate ]')
+    queue.add('a.sh', f'echo $$; [ -e {queue.q}/gate ]')
     assert queue.poll()[0] == 1
     os.rename(queue.path / 'fail' / 'a.sh', queue.path / 'to_run' / 'a.sh')
     queue.open_gate()
@@ -2019,8 +2040,8 @@ def test_a_slot_is_free_only_when_all_that_a_cancelled_script_started_is_gone(qu
     # So much memory takes a while to be given back, and only then is the file closed.
     child = ('import signal; signal.signal(15, signal.SIG_IGN)\n'
              'memory = b"x" * (400 << 20); print("ready", flush=True); signal.pause()')
-    queue.add('a.sh', f"trap 'exit 9' TERM; exec 9>{queue.path}/held; flock 9; '{sys.executable}' -c '{child}' & wait")
-    queue.add('b.sh', f'exec 9>{queue.path}/held; flock -n 9')
+    queue.add('a.sh', f"trap 'exit 9' TERM; exec 9>{queue.q}/held; flock 9; '{sys.executable}' -c '{child}' & wait")
+    queue.add('b.sh', f'exec 9>{queue.q}/held; flock -n 9')
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     (queue.path / 'running' / 'a.sh').unlink()
@@ -2082,7 +2103,7 @@ STEP = 'srun --ntasks=1 --gpus=1'
 @slurm
 def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
     for number in range(60):
-        queue.add(f'{number:02}.sh', f'echo $0 >> {queue.path}/ran; hostname; sleep 0.1; exit {number % 2}')
+        queue.add(f'{number:02}.sh', f'echo $0 >> {queue.q}/ran; hostname; sleep 0.1; exit {number % 2}')
     poller = queue.start('--workers', '2', command=(*NODES, sys.executable, str(MODULE)))
     assert poller.wait(60) == 1
     assert len(set((queue.path / 'ran').read_text().split())) == len((queue.path / 'ran').read_text().split()) == 60
@@ -2142,10 +2163,10 @@ def test_slurm_steps_outlive_their_poller_and_the_next_one_files_them(queue):
 @slurm
 def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back(queue):
     for number in range(6):
-        queue.add(f'{number}.sh', f'[ -e {queue.path}/again ] || {{ echo $$; {queue.gate()} }}')
+        queue.add(f'{number}.sh', f'[ -e {queue.q}/again ] || {{ echo $$; {queue.gate()} }}')
     batch = queue.path / 'batch'
     batch.write_text('#!/bin/sh\n#SBATCH --nodes=3 --ntasks-per-node=1 --time=10\n'
-                     f'srun "{sys.executable}" "{MODULE}" --path {queue.path} --workers 1\n')
+                     f'srun "{sys.executable}" "{MODULE}" --path {queue.q} --workers 1\n')
     job = subprocess.run(['sbatch', '--parsable', '--output', queue.path / 'batch.log', batch], check=True,
                          capture_output=True, text=True).stdout.strip()
     until(lambda: len([number for number in range(6) if queue.has_out(f'{number}.sh.stdout')]) == 3)
@@ -2473,7 +2494,7 @@ def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
     held.mkdir()
     for queue in queues:
         for n in range(20):
-            queue.add(f'{n}.sh', f'mkdir {held}/$FASTGPU_ID || exit 1; sleep 0.02; rmdir {held}/$FASTGPU_ID')
+            queue.add(f'{n}.sh', f'cd {shlex.quote(str(held))}; mkdir $FASTGPU_ID || exit; sleep .02; rmdir $FASTGPU_ID')
     pollers = [queue.start('--exit', '1') for queue in queues]
     assert [poller.wait(60) for poller in pollers] == [0, 0]
     for queue in queues:
@@ -2536,7 +2557,7 @@ def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(g
     assert ResourcePoolGPU(queue.path).poll_scripts() == 0
     log = capsys.readouterr().err
     pid = int(queue.out('a.sh.stdout'))
-    assert re.search(rf'gpu 0: a.sh left something running \(pid (\d+, )?{pid}(, \d+)?\); end it by `wait`', log)
+    assert re.search(rf'gpu 0: a.sh left something running \(pid (\d+, )?{pid}(, \d+)?\): let the script ', log)
     assert 'gpu 0 busy: a.sh left something running: waiting 3 s to see whether that uses it' in log
     assert pid in queue.record('a.sh')['left_behind']
     assert queue.record('b.sh')['started'] - queue.record('a.sh')['finished'] > 2.5
@@ -2761,7 +2782,7 @@ def smi(tmp_path, monkeypatch):
     """A box with nvidia-smi for two GPUs, and without nvidia-ml-py; returns the folder of its answers."""
     path = tmp_path / 'smi'
     (path / 'bin').mkdir(parents=True)
-    (path / 'bin' / 'nvidia-smi').write_text(FAKE_SMI.format(path=path))
+    (path / 'bin' / 'nvidia-smi').write_text(FAKE_SMI.format(path=shlex.quote(str(path))))
     (path / 'bin' / 'nvidia-smi').chmod(0o755)
     (path / 'site').mkdir()
     (path / 'site' / 'pynvml.py').write_text('raise ImportError')
@@ -2924,10 +2945,10 @@ def test_more_gpus_than_there_are_fails_at_once_and_says_so(gpus, queue):
 
 def test_pollers_that_want_all_gpus_do_not_block_each_other(gpus, tmp_path):
     queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
-    held = tmp_path / 'held'
     for queue in queues:
         for n in range(6):
-            queue.add(f'{n}', f'#SBATCH --gpus=2\nmkdir {held} || exit 1; sleep 0.02; rmdir {held}')
+            body = f'cd {shlex.quote(str(tmp_path))}; mkdir held || exit 1; sleep 0.02; rmdir held'
+            queue.add(f'{n}', f'#SBATCH --gpus=2\n{body}')
     pollers = [queue.start('--exit', '1') for queue in queues]
     assert [poller.wait(60) for poller in pollers] == [0, 0]
 
@@ -3325,6 +3346,8 @@ def test_status_of_edited_records_is_no_traceback(queue):
     (['--nonsense'], "error: '--nonsense' is no option\n"),
     (['--wor', '2'], "'--wor' is no option: did you mean --workers?"),
     (['--worker=2'], "'--worker=2' is no option: did you mean --workers?"),
+    (['.'], "'.' is no option: did you mean --path .?"),
+    (['--path=~/q'], 'fastgpu_poll: ~/q: there is no such folder; a shell takes ~ for your home only after a space'),
     (['train.py'], "'train.py' is no option: a script goes into to_run (mv or cp), a command into the standard input"),
     (['--gpus', '2'], "'--gpus' is no option: a script asks for several GPUs by a line \"#SBATCH --gpus=2\", and"),
     (['--add', '--wrapper', 'nice'], '--wrapper does nothing with --add: it is for the fastgpu_poll that runs the '),
@@ -3366,7 +3389,7 @@ def test_a_path_that_cannot_be_written_is_refused():
         fastgpu.setup_dirs(path)
         nobody = fastgpu.user_name(65534)
         assert refused(path, as_nobody) == (f'fastgpu_poll: {path}/to_run belongs to root: run it as root, or make it '
-                                            f'yours: chown -R {nobody} {path}\n')
+                                            f'yours: sudo chown -R {nobody} {shlex.quote(path)}\n')
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder to somebody else')
@@ -3377,7 +3400,7 @@ def test_root_runs_nothing_of_a_queue_that_belongs_to_somebody_else(queue, folde
     message = refused(queue.path)
     assert f' belongs to {fastgpu.user_name(65534)}: run it as ' in message
     assert queue.all() == {'a.sh': 'to_run'}
-    subprocess.run(message.partition('make it yours: ')[2], shell=True, check=True)
+    subprocess.run(message.partition('make it yours: sudo ')[2], shell=True, check=True)
     assert queue.poll()[0] == 0
 
 
@@ -3407,7 +3430,7 @@ def test_a_path_that_was_mistyped_makes_no_queue(queue, tmp_path):
     assert refused(tmp_path / 'typo') == f'fastgpu_poll: {tmp_path}/typo: there is no such folder; mkdir makes it\n'
     assert not (tmp_path / 'typo').exists()
     assert refused(queue.path / 'to_run') == (f'fastgpu_poll: {queue.path}/to_run is a folder of a queue: '
-                                              f'give its --path, {queue.path}\n')
+                                              f'give its --path, {queue.q}\n')
     assert queue.names('to_run') == []
     (tmp_path / 'new').mkdir()
     run = subprocess.run([sys.executable, MODULE, '--workers', '1', '--path', tmp_path / 'new'], capture_output=True)
@@ -3430,7 +3453,7 @@ def test_a_folder_that_others_can_write_to_is_refused_with_the_chmod_that_mends_
     (queue.path / folder).chmod(mode)
     message = refused(queue.path)
     assert message == ('fastgpu_poll: others could have their code run as you; mend it with: '
-                       f'chmod go-w {queue.path}/{folder}\n')
+                       f'chmod go-w {shlex.quote(f"{queue.path}/{folder}")}\n')
     assert queue.all() == {'a.sh': 'to_run'}
     subprocess.run(message.partition('mend it with: ')[2], shell=True, check=True)
     assert queue.poll()[0] == 0
@@ -3440,7 +3463,7 @@ def test_a_queue_in_a_sticky_folder_is_not_refused(queue):
     queue.path.chmod(0o1777)
     assert queue.poll()[0] == 0
     queue.path.chmod(0o777)
-    assert f'chmod go-w {queue.path}\n' in refused(queue.path)
+    assert f'chmod go-w {queue.q}\n' in refused(queue.path)
 
 
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOLCK])
@@ -3666,7 +3689,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         number = self.random.randrange(30)
         for name in f'#s{number}.sh#', f's{number}.sh~':
             file = self.queue.path / 'to_run' / name
-            file.write_text(f'#!/bin/sh\necho {name} >> {self.queue.path}/clash\n')
+            file.write_text(f'#!/bin/sh\necho {name} >> {self.queue.q}/clash\n')
             file.chmod(0o755)
             os.utime(file, (1, 1))
 
@@ -3683,7 +3706,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         token = f't{self.tokens:05}'
         name = f's{self.random.randrange(30)}.sh'
         self.statuses[token] = self.random.choice([0, 0, 1, 77])
-        body = self.BODY.format(path=self.queue.path, token=token, status=self.statuses[token],
+        body = self.BODY.format(path=self.queue.q, token=token, status=self.statuses[token],
                                 seconds=round(self.random.random() / 5, 3))
         draft = self.queue.path / token
         draft.write_text(f'#!/bin/sh\n{body}\n')
@@ -3828,7 +3851,7 @@ class Bench:
 
     def time(self, who, queue):
         """Run the queue to its end with a peer, or with fastgpu and the options `who`; return the seconds."""
-        ours = f'"{sys.executable}" "{MODULE}" {who} --path {queue.path}'
+        ours = f'"{sys.executable}" "{MODULE}" {who} --path {queue.q}'
         command = PEERS.get(who, ours).format(queue.path / 'to_run')
         began = time.monotonic()
         subprocess.run(command, shell=True, stderr=subprocess.DEVNULL, env={**os.environ, 'ORIGINAL': ORIGINAL})
