@@ -1001,7 +1001,8 @@ def test_a_script_that_ends_on_a_full_disk_is_filed_with_its_status_when_there_i
 
 def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_script_not_repeated(small_disk, tmp_path):
     queue = small_disk
-    queue.add('a.sh', f'cd {shlex.quote(str(tmp_path))}; until [ -e full ]; do sleep 0.01; done; echo >> ran; exit 5')
+    wait = 'until [ -e full ]; do sleep 0.01; done'
+    queue.add('a.sh', f'cd {shlex.quote(str(tmp_path))}; {wait}; echo x >> ran; exit 5')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
     poller.kill()
@@ -2494,7 +2495,8 @@ def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
     held.mkdir()
     for queue in queues:
         for n in range(20):
-            queue.add(f'{n}.sh', f'cd {shlex.quote(str(held))}; mkdir $FASTGPU_ID || exit; sleep .02; rmdir $FASTGPU_ID')
+            body = 'mkdir $FASTGPU_ID || exit 1; sleep 0.02; rmdir $FASTGPU_ID'
+            queue.add(f'{n}.sh', f'cd {shlex.quote(str(held))}; {body}')
     pollers = [queue.start('--exit', '1') for queue in queues]
     assert [poller.wait(60) for poller in pollers] == [0, 0]
     for queue in queues:
