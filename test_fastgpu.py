@@ -2104,7 +2104,7 @@ STEP = 'srun --ntasks=1 --gpus=1'
 @slurm
 def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
     for number in range(60):
-        queue.add(f'{number:02}.sh', f'echo $0 >> {queue.q}/ran; hostname; sleep 0.1; exit {number % 2}')
+        queue.add(f'{number:02}.sh', f'echo {number} >> {queue.q}/ran; hostname; sleep 0.1; exit {number % 2}')
     poller = queue.start('--workers', '2', command=(*NODES, sys.executable, str(MODULE)))
     assert poller.wait(60) == 1
     assert len(set((queue.path / 'ran').read_text().split())) == len((queue.path / 'ran').read_text().split()) == 60
