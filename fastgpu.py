@@ -109,6 +109,7 @@ class Log:
     def __init__(self) -> None:
         self._bottom = ''
         self._lost = 0
+        self._fd = -1  # stderr, opened once more
 
     def __call__(self, text: str, alarm: bool = False) -> None:
         """Write `text` and the time, to a file with the date; to a terminal with colours in red if it is an `alarm`."""
@@ -140,12 +141,23 @@ class Log:
                 lines = f'\r\033[K{lines}{self._bottom[:width - 1]}'
             if sys.stderr is not sys.__stderr__ or sys.__stderr__ is None:  # of a notebook, say; or it was closed
                 return not write(sys.stderr, lines)
-            fd = sys.__stderr__.fileno()
-            if select.select([], [fd], [], 0)[1]:
-                # Not by way of its buffer: what that could not write would be tried again when Python ends, and fail.
-                os.write(fd, lines.encode(errors='backslashreplace'))
-                return True
+            # Not by way of its buffer: what that could not write would be tried again when Python ends, and fail.
+            data = lines.encode(errors='backslashreplace')
+            return os.write(self._open(sys.__stderr__.fileno()), data) == len(data)
         return False
+
+    def _open(self, fd: int) -> int:
+        """Return the open file `fd`, or a pipe or terminal that it is, opened anew: so that to write there never waits.
+
+        That is a property of the open file, which we share with whoever started us.
+        """
+        if self._fd < 0:
+            self._fd = fd
+            with contextlib.suppress(OSError):  # a terminal of another user, as after su(1), or a socket
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
+                    self._fd = os.open(f'/proc/self/fd/{fd}', flags)
+        return self._fd
 
 
 log = Log()
@@ -281,6 +293,8 @@ IGNORED = 'ignored'  # no script at all: a folder, a FIFO, a name that is gone
 NOT_EXECUTABLE = 'not executable'
 FRESH = 'just written'
 ENDING = 'its last run ends just now'
+UNSEEN = 'cannot be seen now'  # by a file server that hiccups
+PASSING = FRESH, ENDING, UNSEEN
 
 
 def condition(path: StrPath, clock: Callable[[float], float] = lambda stamp: time.time()) -> str:
@@ -290,8 +304,10 @@ def condition(path: StrPath, clock: Callable[[float], float] = lambda stamp: tim
     """
     try:
         status = os.stat(path)
-    except OSError:
+    except FileNotFoundError:
         return 'a link that leads nowhere' if os.path.islink(path) else IGNORED
+    except OSError as error:
+        return 'a link that leads to itself' if error.errno == errno.ELOOP else UNSEEN
     if not stat.S_ISREG(status.st_mode):
         return IGNORED
     if not os.access(path, os.X_OK):
@@ -417,10 +433,10 @@ class Queue:
         It may be slow, but not where that would make a file with this `stamp` seem just written, or not so.
         """
         if stamp > self._clock - JUST_WRITTEN:
-            file = self.path / f'.{self.host}.clock'
             try:  # by writing: a stamp that one sets is that of this host, on some file systems
-                file.write_text('the time of this file is that of its file system\n')
-                self._clock = file.stat().st_mtime
+                with open(open_lock(f'{self.path}/.{self.host}.clock'), 'r+b', 0) as file:
+                    file.write(b'the time of this file is that of its file system\n')
+                    self._clock = os.fstat(file.fileno()).st_mtime
             except OSError:
                 return time.time()
         return self._clock
@@ -615,6 +631,7 @@ def this_host() -> dict[str, str]:
         here[key] = ''
         with contextlib.suppress(OSError), open(file) as id_file:
             here[key] = id_file.read(64).strip()
+    here['pids'] = os.readlink('/proc/self/ns/pid')  # the namespace by which pids are counted, pid_namespaces(7)
     return here
 
 
@@ -635,17 +652,24 @@ def parse_record(text: bytes) -> dict[str, Any]:
     return {}
 
 
+def is_dying(pid: int, flags: int) -> bool:
+    """Return whether a process with these `flags` of proc(5) has begun to exit (PF_EXITING), or KILL waits for it."""
+    with open(f'/proc/{pid}/status') as file:
+        pending = re.findall('(?m)^S(?:ig|hd)Pnd:\\s*([0-9a-f]+)', file.read())
+    return bool(flags & 0x4) or any(int(mask, 16) & 1 << signal.SIGKILL - 1 for mask in pending)
+
+
 def session_groups(leader: int, dying: bool = True) -> set[int]:
     """Return the process groups that are alive in the session of `leader`: timeout(1) and `set -m` make their own.
 
-    A zombie is not alive; without `dying`, nor is what has begun to exit (proc(5), stat: PF_EXITING in the flags).
+    A zombie is not alive; without `dying`, nor is what got KILL and may not have noticed, or has begun to exit.
     """
     groups = set()
     for pid in filter(str.isdecimal, os.listdir('/proc')):
         with contextlib.suppress(OSError, ValueError):
             with open(f'/proc/{pid}/stat', 'rb') as file:
                 state, _, group, session, _, _, flags = file.read().rpartition(b')')[2].split()[:7]
-            if int(session) == leader and state != b'Z' and (dying or not int(flags) & 0x4):
+            if int(session) == leader and state != b'Z' and (dying or not is_dying(int(pid), int(flags))):
                 groups.add(int(group))
     return groups
 
@@ -706,6 +730,7 @@ class Record(dict[str, Any]):
         super().__init__()
         self.place = Place(path)
         self.fd = -1
+        self.is_new = False  # whether we made it, or took it over from who never used it
 
     def create(self) -> bool:
         """Make the file, and lock it; return False where it was there before. Raises OSError."""
@@ -713,6 +738,7 @@ class Record(dict[str, Any]):
             self.fd = os.open(self.place.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return False
+        self.is_new = True
         return self.lock()
 
     def open(self) -> None:
@@ -736,7 +762,11 @@ class Record(dict[str, Any]):
     def open_for_script(self) -> int:
         """Return the file opened once more, with a lock of its own, for the script alone. Raises OSError."""
         fd = os.open(self.place.path, os.O_RDWR)
-        self.place.asking.lock(fd)
+        try:
+            self.place.asking.lock(fd)
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
     def is_script_alive(self) -> bool:
@@ -766,7 +796,7 @@ class Record(dict[str, Any]):
         """
         if not self:
             status = os.fstat(self.fd)
-            return True if status.st_size == 0 and time.time() - status.st_mtime > 60 else None
+            return status.st_size == 0 if time.time() - status.st_mtime > 60 else None
         keys = ('boot',) if self.get('boot') == here['boot'] else ('host', 'machine')
         return all(here[key] and self.get(key) == here[key] for key in keys)
 
@@ -783,6 +813,7 @@ class Shim:
         self.process: subprocess.Popen[bytes] | None = None  # if it is our child
         self.pidfd = -1  # readable when that has ended
         self.status: int | None = None  # with which that has ended
+        self.ended_at = 0.0  # when we saw that
         self.kill_at: float | None = None  # when its session gets KILL, set when it got TERM
 
     def start(self, command: Sequence[str], **options: Any) -> None:
@@ -809,16 +840,23 @@ class Shim:
     def reap(self) -> int | None:
         """Return how it ended, if it is our child and just did: its status, or -N if signal N killed it; else None.
 
-        Of a script whose shim was killed we know no more than of one that we found: it may live.
+        Of a script whose shim was killed we know no more than of one that we found: it may live. Nor do we where others
+        took its status (SIGCHLD is ignored, os.wait): then it is NO_CHILD.
         """
-        code = self.process.poll() if self.process and self.runs_for_us else None
-        if code is not None:
-            if self.pidfd >= 0:
-                os.close(self.pidfd)
-            if code >= 0:
-                self.status = code
-            else:
-                self.process = None
+        if self.process is None or not self.runs_for_us:
+            return None
+        try:  # WNOWAIT: Popen takes the status of who is not our child for 0
+            if not os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return None
+            code = self.process.wait()
+        except ChildProcessError:
+            code = NO_CHILD
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+        if code >= 0:
+            self.status, self.ended_at = code, time.monotonic()
+        else:
+            self.process = None
         return code
 
     def signal(self, signum: int) -> bool:
@@ -855,6 +893,7 @@ class Shim:
         return self.pid is not None and not self.is_alive() and bool(session_groups(self.pid, dying=False))
 
 
+NO_CHILD = -999
 RUNS, ENDED, ELSEWHERE, LOST = 'runs', 'ended', 'elsewhere', 'lost'
 
 
@@ -868,6 +907,7 @@ class Run:
         self.held: Sequence[Any] = ()  # the resources that we hold for it
         self.shim = Shim(self.out('exitcode'))
         self.is_new = False  # whether we started it, and did not log that yet
+        self.left_behind: list[int] | None = None  # the pids of what it left running, if we saw any
         self.finished = 0.0  # when it ended, once it is settled
 
     def __repr__(self) -> str:
@@ -903,18 +943,24 @@ class Run:
         too_long = len(os.fsencode(self.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
         if too_long > 0:
             raise FastgpuError(f'its name is too long, by {too_long} bytes')
-        if self.is_taken() or not (self.record.create() or self.take_over()):
-            self.record.close()
+        if self.is_taken():
             return False
-        self.record.update(script=script, **self.queue.here, kind=kind, ids=ids, started=round(time.time(), 3))
         try:
+            if not (self.record.create() or self.take_over()):
+                self.record.close()
+                return False
+            self.record.update(script=script, **self.queue.here, kind=kind)
+            # As they will be read again.
+            self.record['ids'] = [ident if isinstance(ident, (str, int, float)) else str(ident) for ident in ids]
+            self.record['started'] = round(time.time(), 3)
             self.record.save()
             # From here on, a name in running/ whose record is not locked has no owner.
             os.rename(f'{self.queue.to_run}/{script}', self.path)
         except BaseException as error:
             # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
             if not (isinstance(error, FileNotFoundError) and os.path.lexists(self.path)):
-                self.unclaim()
+                if self.record.is_new:
+                    self.unclaim()
                 raise
         return True
 
@@ -925,17 +971,16 @@ class Run:
             if (self.record.lock() and self.record.is_of(self.queue.here)
                     and not self.record.keys() & {'pid', 'finished'} and not self.is_taken()):
                 self.record.clear()
-                return True
-        return False
+                self.record.is_new = True
+        return self.record.is_new
 
     def unclaim(self) -> None:
         """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
         try:
-            for kind in ('stdout', 'stderr'):
-                Path(self.out(kind)).unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 safe_rename(self.path, self.queue.to_run, self.script)
-            Path(self.out('json')).unlink(missing_ok=True)
+            for kind in ('stdout', 'stderr', 'json'):  # after that: they tell whether it was started
+                Path(self.out(kind)).unlink(missing_ok=True)
         finally:
             self.record.close()
 
@@ -968,6 +1013,15 @@ class Run:
             return None, time.time()
         return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None, finished
 
+    def age(self) -> float:
+        """Return the seconds since it ended, by one clock: ours for our child, else that of its files."""
+        if self.shim.process:
+            return time.monotonic() - self.shim.ended_at
+        with contextlib.suppress(FileNotFoundError):
+            finished = os.stat(self.out('exitcode')).st_mtime
+            return self.queue.clock(time.time()) - finished
+        return 0.0
+
     def state(self) -> str:
         """Return whether it RUNS or has ENDED here, runs ELSEWHERE, or is LOST, without a record. Raises OSError.
 
@@ -978,19 +1032,22 @@ class Run:
             return RUNS if self.shim.runs_for_us else ENDED
         try:
             self.record.open()
-        except OSError:  # none, or a folder or a FIFO
-            return LOST
-        pid = self.record.get('pid')
-        self.shim.pid = pid if isinstance(pid, int) else None
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.EISDIR, errno.ESPIPE):  # a link, a folder, a FIFO
+                return LOST
+            raise
         ours = self.record.is_of(self.queue.here)
         if ours is None:
             return RUNS
         if not ours:
-            return ELSEWHERE
-        code, finished = self.exit_code()
+            return ELSEWHERE if self.record else LOST
+        same = all(self.record.get(key) == self.queue.here[key] for key in ('boot', 'pids'))
+        self.shim.pid = self.record.get('pid') if same else None
         if self.record.is_locked():
-            return ENDED if time.time() - finished > OVERDUE else RUNS
-        return RUNS if code is None and self.shim.is_alive() else ENDED
+            return ENDED if self.age() > OVERDUE else RUNS
+        # A script can have closed what it inherited, and its shim be killed alone.
+        alive = self.exit_code()[0] is None and (self.shim.is_alive() or self.shim.was_killed_alone())
+        return RUNS if alive else ENDED
 
     def advice(self, state: str) -> str:
         """Return what there is to say of a run in a `state`, if it is not ours, to who waits for it. Raises OSError."""
@@ -1043,7 +1100,7 @@ class Run:
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = shown(self.name), self.record, self.queue
-        if not self.was_started():
+        if code is None and not self.was_started():
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
         self.finished = finished
@@ -1108,6 +1165,7 @@ class ResourcePoolBase:
         self.between: Callable[[], None] = lambda: None  # what to do between two questions that can take seconds
         self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
         self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
+        self._rest_until: dict[str, float] = {}  # until when not to take what may still be in use, by lock file
         self._several_at = 0.0  # when to try to get several at once again
         self.completed: list[str] = []  # the runs that were filed since `poll_scripts` was called last, by name
         self.failed: list[str] = []
@@ -1181,7 +1239,7 @@ class ResourcePoolBase:
     def rest(self, ids: Iterable[Any], reason: str) -> None:
         """Do not take `ids` for the time that this kind of resource `lingers`: for them, nobody can tell before."""
         for ident in ids if self.lingers else ():
-            self._ask_at[self.place(ident).path] = time.monotonic() + self.lingers
+            self._rest_until[self.place(ident).path] = time.monotonic() + self.lingers
             self.reasons[ident] = f'busy: {reason}: waiting {self.lingers:.0f} s to see whether that uses it'
 
     def sign(self, ids: Iterable[Any], text: str) -> None:
@@ -1239,7 +1297,7 @@ class ResourcePoolBase:
             who = place.holder(fd)
             if who:
                 self.reasons[ident] = f'busy: {who}'
-            elif test and time.monotonic() < self._ask_at.get(place.path, 0):
+            elif test and time.monotonic() < max(self._ask_at.get(place.path, 0), self._rest_until.get(place.path, 0)):
                 return False  # what was the reason then is still the reason
             elif place.asking.lock(fd):
                 self.reasons[ident] = ''
@@ -1728,7 +1786,7 @@ class Pending:
 
     def __bool__(self) -> bool:
         """Whether something waits for a resource, or only for a moment."""
-        return bool(self.names) or FRESH in self.passed.values() or ENDING in self.passed.values()
+        return bool(self.names) or any(reason in PASSING for reason in self.passed.values())
 
     def update(self, hurry: bool = False) -> None:
         """List to_run if that is due; in a `hurry` only if nothing is left of the last list. Raises OSError.
@@ -1767,7 +1825,7 @@ class Pending:
             path = shown(near(self.folder / name))
             if reason == NOT_EXECUTABLE:
                 self.news.say(name, f'{path} waits for its chmod +x')
-            elif reason not in (FRESH, ENDING):
+            elif reason not in PASSING:
                 self.news.say(name, f'{path} cannot run: {reason}')
         return None
 
@@ -1860,22 +1918,23 @@ class Runs(dict[str, Run]):
             code = run.shim.reap()
             if code is None:
                 continue
+            held, run.held = run.held, ()  # from here on they may be another run's
+            freed = True
             if code >= 0:
-                self.pool.unlock(*run.held)
+                self.pool.unlock(*held)
                 self._cuts.pop(run.script, None)
                 if run.record.is_script_alive():
-                    run.record['left_behind'] = pids_with(run.record.place.path)
-                    self.pool.rest(run.held, f'{run.name} left something running')
+                    run.record['left_behind'] = run.left_behind = pids_with(run.record.place.path)
+                    self.pool.rest(held, f'{run.name} left something running')
             else:
                 # When its locks end is for the kernel, and from here on it is a run that we found. One that kills its
                 # own group each time would go round for ever: the second time counts as its end.
-                self.pool.drop(*run.held)
+                self.pool.drop(*held)
+                if run.shim.was_killed_alone():
+                    run.mark('shim_killed')
                 run.record.close()
-                self._cuts[run.script] = self._cuts.get(run.script, 0) + (run.shim.kill_at is None)
+                self._cuts[run.script] = self._cuts.get(run.script, 0) + (run.shim.kill_at is None and code != NO_CHILD)
                 run.shim.status = 128 - code if self._cuts[run.script] > 1 else None
-                self.look_at = min(self.look_at, time.monotonic() + 0.2)  # by then, what was killed with it is dead
-            run.held = ()  # from here on they may be another run's
-            freed = True
         return freed
 
     def look_around(self) -> None:
@@ -1937,7 +1996,7 @@ class Runs(dict[str, Run]):
     def finish(self, run: Run) -> bool:
         """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
         code, finished = run.exit_code()
-        age = time.time() - finished
+        age = run.age()
         if not (run.shim.process or run.record.lock() or age > OVERDUE):
             return False  # another poller is about to
         # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier than to
@@ -1954,8 +2013,8 @@ class Runs(dict[str, Run]):
         folder, text = run.settle(code, finished)
         if text:
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
-        if 'left_behind' in run.record:
-            pids = ', '.join(map(str, run.record['left_behind'])) or 'unknown'
+        if run.left_behind is not None:
+            pids = ', '.join(map(str, run.left_behind)) or 'unknown'
             what = f'{shown(run.name)} left something running (pid {pids}): let the script `wait` for it'
             log(f'{self.where(run.ids)}: {what}')
         self.tally.add(run, folder)
@@ -2007,6 +2066,9 @@ class Poller:
                 log.bottom(runs.tally.progress(runs.values(), 0 if self.signals else len(pending.names)))
                 self.sleep(poll_interval)
             assert not self.loose(), f'held, and for no script: {self.loose()}'
+        except BaseException:
+            self.signals.clear()  # they were for this call
+            raise
         finally:
             log.bottom('')
             os.close(alive)
@@ -2158,7 +2220,11 @@ class Poller:
 
     def sum_up(self) -> int:
         """Log what was done and what was left; return the exit status."""
-        failed, left = self.runs.tally.ended['fail'], self.pending.left()
+        failed, left = self.runs.tally.ended['fail'], {}
+        try:
+            left = self.pending.left()
+        except OSError as error:
+            log(f'cannot see what is left in to_run: {explain(error)}')
         if not self.signals:
             for name, reason in left.items():
                 log(f'left in to_run: {shown(name)} ({reason or "new"})')

@@ -50,6 +50,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as by nohup
 MODULE = Path(fastgpu.__file__)
 FOLDERS = 'to_run', 'running', 'complete', 'fail'
 USER = fastgpu.user_name(os.getuid())
+F_SETPIPE_SZ = 1031  # of fcntl(2), in Python since 3.10
 
 
 # --- Help for the tests: a queue, its pollers, and waiting for something ----------------------------------------------
@@ -203,11 +204,23 @@ def test_duration(seconds, text):
     assert fastgpu.duration(seconds) == text
 
 
+def test_a_terminal_that_is_never_read_stops_nothing(queue):
+    ours, theirs = pty.openpty()
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '2'], stderr=theirs,
+                              env={**os.environ, 'TERM': 'dumb'})
+    queue.pollers.append(poller)
+    for number in range(300):
+        queue.add(f'{number:03}-{"long" * 40}.sh')
+    assert poller.wait(60) == 0
+    os.close(ours)
+    os.close(theirs)
+
+
 @pytest.mark.parametrize('kind', ['pipe', 'terminal'])
 def test_a_log_whose_reader_has_stopped_stops_nothing_and_counts_what_was_lost(queue, kind):
     read, write = os.pipe() if kind == 'pipe' else pty.openpty()
     if kind == 'pipe':
-        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        fcntl.fcntl(write, F_SETPIPE_SZ, 4096)
     else:
         os.write(read, b'\x13')  # Ctrl-S
     poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1', '--exit', '0'],
@@ -634,9 +647,9 @@ def test_a_run_leaves_its_output_its_status_and_its_record(queue):
     assert queue.out('a.sh.stderr') == 'err\n'
     assert queue.out('a.sh.exitcode') == '3'
     record = queue.record('a.sh')
-    assert list(record) == ['script', 'host', 'boot', 'machine', 'kind', 'ids', 'started', 'pid', 'finished',
+    assert list(record) == ['script', 'host', 'boot', 'machine', 'pids', 'kind', 'ids', 'started', 'pid', 'finished',
                             'exitcode']
-    assert {key: record[key] for key in ('host', 'boot', 'machine')} == fastgpu.this_host()
+    assert {key: record[key] for key in ('host', 'boot', 'machine', 'pids')} == fastgpu.this_host()
     assert [record[key] for key in ('script', 'host', 'ids', 'exitcode')] == ['a.sh', os.uname().nodename, [0], 3]
     assert before - 0.1 <= record['started'] <= record['finished'] <= time.time()
     assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): err \(.*/q/out/a.sh.stderr\)$', log, re.M)
@@ -1346,6 +1359,52 @@ def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_aga
     assert (queue.path / 'ran').read_text() == 'run\n'
 
 
+def test_a_script_that_ends_right_after_its_shim_was_killed_does_not_run_again(queue):
+    for _ in range(5):
+        (queue.path / 'ran').unlink(missing_ok=True)
+        queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
+        poller = queue.start('--workers', '1')
+        until(lambda: (queue.path / 'ran').exists())
+        os.kill(queue.pid(until(lambda: queue.names('running'))[0]), signal.SIGKILL)
+        time.sleep(random.random() / 20)
+        queue.open_gate()
+        assert poller.wait(30) in (0, 1)
+        if (queue.path / 'ran').read_text() != 'run\n':  # its poller had no chance to see that it lived
+            assert 'cut off' in poller.log()
+        (queue.path / 'gate').unlink()
+
+
+@pytest.mark.parametrize('wrapper', ['', '--wrapper=closing'])
+def test_a_group_that_is_killed_whole_is_requeued_and_a_shim_alone_is_not(queue, monkeypatch, wrapper):
+    closing = queue.path / 'closing'
+    code = 'import os, sys; os.closerange(3, 1000); os.execv(sys.argv[1], sys.argv[1:])'
+    closing.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", code])} "$@"\n')
+    closing.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{queue.path}:{os.environ["PATH"]}')
+    for name in 'whole', 'shim':
+        queue.add(name, f'echo run >> {queue.q}/{name}.ran; ' + queue.gate())
+    poller = queue.start('--workers', '2', *filter(None, [wrapper]))
+    until(lambda: all((queue.path / f'{name}.ran').exists() for name in ('whole', 'shim')))
+    os.kill(queue.pid('shim'), signal.SIGKILL)
+    os.killpg(queue.pid('whole'), signal.SIGKILL)
+    until(lambda: 'requeue whole (cut off' in poller.log() and queue.record('shim').get('shim_killed'))
+    queue.open_gate()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'whole-1': 'complete', 'shim': 'fail'}
+    assert (queue.path / 'shim.ran').read_text() == 'run\n'
+
+
+def test_children_that_nobody_may_wait_for_are_no_success(queue):
+    api = ('import fastgpu, signal, sys\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n'
+           'sys.exit(fastgpu.FixedWorkerPool([0], ".").poll_scripts())')
+    queue.add('a.sh', 'exit 3')
+    queue.add('b.sh')
+    run = subprocess.run([sys.executable, '-c', api], cwd=queue.path, capture_output=True, text=True,
+                         env={**os.environ, 'PYTHONPATH': str(MODULE.parent)}, timeout=60)
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'complete'}, run.stderr
+    assert run.returncode == 1
+
+
 def test_pkill_of_fastgpu_ends_the_poller_and_no_script(queue):
     queue.add('a.sh', queue.gate())
     poller = queue.start('--workers', '1')
@@ -1705,6 +1764,68 @@ os.listdir = fails
     (tmp_path / 'away').unlink()
     assert poller.wait(30) == 0
     assert poller.log().count('cannot see') == 1
+
+
+@pytest.mark.parametrize(('call', 'where', 'said'), [
+    ('stat', 'to_run/a.sh', ''), ('open', 'out/b.sh.json', 'cannot file b.sh now: '),
+    ('stat', 'out/a.sh.json', 'cannot start a.sh now: ')])
+def test_one_failed_look_at_a_file_is_no_verdict_on_it(queue, tmp_path, call, where, said):
+    away = tmp_path / 'away'
+    (tmp_path / 'sitecustomize.py').write_text(f"""
+import os
+right = os.{call}
+def fails(path, *args, **kwargs):
+    if str(path).endswith({where!r}) and os.access({str(away)!r}, os.F_OK):
+        raise OSError(5, os.strerror(5), path)
+    return right(path, *args, **kwargs)
+os.{call} = fails
+""")
+    queue.add('b.sh', queue.gate())
+    first = queue.start('--workers', '2')
+    queue.pid('b.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '2', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    until(lambda: 'waiting for b.sh' in second.log())
+    away.touch()
+    queue.add('a.sh')
+    if said:
+        until(lambda: said in second.log())
+    else:
+        queue.open_gate()
+        until(lambda: queue.names('complete') == ['b.sh'])
+    looked = time.monotonic() + 2.5  # it looks around each second
+    until(lambda: time.monotonic() > looked)
+    assert second.poll() is None
+    assert 'mv ' not in second.log()
+    away.unlink()
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+    assert queue.names('out') == sorted(f'{n}.{kind}' for n in ('a.sh', 'b.sh')
+                                        for kind in ('exitcode', 'json', 'stderr', 'stdout'))
+
+
+def test_resources_that_json_does_not_know_are_filed_by_the_next_poller_too(queue):
+    queue.add('a.sh', queue.gate())
+    api = 'import fastgpu; fastgpu.FixedWorkerPool([("host", 1)], ".").poll_scripts()'
+    first = subprocess.Popen([sys.executable, '-c', api], cwd=queue.path,
+                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+    queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+@pytest.mark.parametrize('plant', [lambda path: path.symlink_to(path.parent / 'precious'), os.mkfifo])
+def test_what_is_planted_where_the_clock_is_does_no_harm(queue, plant):
+    (queue.path / 'precious').write_text('precious')
+    plant(queue.path / f'.{os.uname().nodename}.clock')
+    os.utime(queue.add('a.sh'))
+    assert queue.poll()[0] == 0
+    assert (queue.path / 'precious').read_text() == 'precious'
 
 
 def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
@@ -2555,14 +2676,15 @@ def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(g
     gpus.have(1)
     monkeypatch.setattr(ResourcePoolGPU, 'lingers', 3.0)
     queue.add('a.sh', f'({queue.gate()}) & echo $!')
-    queue.add('b.sh')
-    assert ResourcePoolGPU(queue.path).poll_scripts() == 0
+    queue.add('b.sh', 'sleep 1')  # which ends in between on the same GPU
+    queue.add('c.sh')
+    assert ResourcePoolGPU(queue.path, per_gpu=2).poll_scripts() == 0
     log = capsys.readouterr().err
     pid = int(queue.out('a.sh.stdout'))
     assert re.search(rf'gpu 0: a.sh left something running \(pid (\d+, )?{pid}(, \d+)?\): let the script ', log)
     assert 'gpu 0 busy: a.sh left something running: waiting 3 s to see whether that uses it' in log
     assert pid in queue.record('a.sh')['left_behind']
-    assert queue.record('b.sh')['started'] - queue.record('a.sh')['finished'] > 2.5
+    assert queue.record('c.sh')['started'] - queue.record('a.sh')['finished'] > 2.5
     assert 'left_behind' not in queue.record('b.sh')
     queue.open_gate()
 
@@ -3664,7 +3786,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         options = {}
         if self.random.random() < 0.2:
             unread, options['stderr'] = os.pipe()
-            fcntl.fcntl(unread, fcntl.F_SETPIPE_SZ, 4096)
+            fcntl.fcntl(unread, F_SETPIPE_SZ, 4096)
             self.unread.append(unread)
         if self.hosts and self.random.random() < 0.3:
             options['command'] = on_host(self.random.choice(['one', 'two']))
