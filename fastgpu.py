@@ -1163,6 +1163,7 @@ class ResourcePoolBase:
         self.wrapper: list[str] = []  # words to put in front of each script's path
         self.reasons: dict[Hashable, str] = {}  # why a resource was not free, or '', when we looked last
         self.between: Callable[[], None] = lambda: None  # what to do between two questions that can take seconds
+        self._asked: Any = None  # what we have the right to ask about just now, which nobody has
         self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
         self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
         self._rest_until: dict[str, float] = {}  # until when not to take what may still be in use, by lock file
@@ -1184,7 +1185,7 @@ class ResourcePoolBase:
         A subclass adds its own test to `super().is_available(ident)`. Before a script starts it is asked while nobody
         else can ask, so what it finds cannot be changed by another poller.
         """
-        if ident not in self._locks:
+        if ident not in self._locks and ident != self._asked:
             self.reasons[ident] = self.place(ident).why_locked()
         return ident not in self._locks and not self.reasons[ident]
 
@@ -1300,7 +1301,7 @@ class ResourcePoolBase:
             elif test and time.monotonic() < max(self._ask_at.get(place.path, 0), self._rest_until.get(place.path, 0)):
                 return False  # what was the reason then is still the reason
             elif place.asking.lock(fd):
-                self.reasons[ident] = ''
+                self.reasons[ident], self._asked = '', ident
                 if test and not test(ident):
                     self._ask_at[place.path] = time.monotonic() + LOOK_AROUND
                 elif place.lock(fd):
@@ -1312,6 +1313,7 @@ class ResourcePoolBase:
             self.reasons[ident] = f'unusable: {explain(error)}'
             return False
         finally:
+            self._asked = None
             if fd >= 0 and self._locks.get(ident) != fd:
                 os.close(fd)
 
