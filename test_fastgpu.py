@@ -347,13 +347,19 @@ def test_just_written_is_by_the_clock_of_the_file_system_not_by_ours(queue, tmp_
     for file in files:
         os.fchmod(file.fileno(), 0o755)
         file.write('#!/bin/sh\n')
-    for _, file in itertools.product(range(25), files):  # as copies over a slow line
+    written = [time.monotonic()] * len(files)
+    gaps = [0.0] * len(files)
+    for _, (number, file) in itertools.product(range(25), list(enumerate(files))):  # as copies over a slow line
         time.sleep(0.005)
         file.write('echo one more line\n')
+        gaps[number] = max(gaps[number], time.monotonic() - written[number])
+        written[number] = time.monotonic()
     for file in files:
         file.close()
     until(lambda: len(queue.names('complete')) == len(files))
-    assert {queue.out(f'{number}.sh.stdout') for number in range(len(files))} == {'one more line\n' * 25}
+    for number, gap in enumerate(gaps):
+        if gap < fastgpu.JUST_WRITTEN * 0.9:  # the line was not so slow, for this one
+            assert queue.out(f'{number}.sh.stdout') == 'one more line\n' * 25
     poller.kill()
 
 
