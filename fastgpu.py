@@ -95,7 +95,8 @@ def write(stream: TextIO, text: str) -> str:
         stream.flush()
     except OSError as error:
         # What is left in its buffer would fail again when Python ends, and make its exit status 120.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with open(os.devnull, 'w') as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
         return '' if error.errno == errno.EPIPE else explain(error)
     return ''
 
@@ -467,23 +468,14 @@ class Queue:
                     ranges += [(first, pid), (pid + 1, end)]
         return sorted(pids)
 
-    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run | None:
-        """Move `script` from to_run to running, under the first name that no run had yet; None if it is gone.
-
-        Raises FastgpuError where that can never be done, OSError where it cannot now.
+    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run:
+        """Move `script` from to_run to running, under the first name that no run had yet. Raises what `Run.claim` does.
         """
-        for n in itertools.count():
+        n, run = 0, Run(self, script)
+        while not run.claim(script, kind, ids):
+            n += 1
             run = Run(self, numbered(script, n))
-            try:
-                if run.claim(script, kind, ids):
-                    return run
-            except OSError as error:
-                if isinstance(error, FileNotFoundError) and not os.path.lexists(f'{self.to_run}/{script}'):
-                    return None
-                if error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV, errno.ENAMETOOLONG):
-                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
-                raise
-        raise AssertionError('unreachable')
+        return run
 
 
 # --- Locks: bytes of a file, which a child inherits, and which the kernel gives back with the last who holds them ---
@@ -617,11 +609,14 @@ NOTE = 256  # bytes for each place in its file, which say who has it
 # the status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is
 # ignored, is not inherited by what it runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is
 # for an environment with SHELLOPTS=errexit, the long names are for one that has short ones; none has the word fastgpu,
-# since people type `pkill -f fastgpu`.
+# since people type `pkill -f fastgpu`. Where out/ is not there, moved by a person or because a file server is away, it
+# tries for a minute; not where only the disk is full, since the poller that waits for the shell knows what it writes.
 NOT_STARTED, NO_PROCESS = 254, 'no process to be had for the script'
-SHIM = ('set +e; _job_file=$1 _job_status=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
+SHIM = ('set +e; _job_file=$1 _job_status= _job_tries=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
         f'trap \'[ "$_job_status" ] || {{ echo "{NO_PROCESS}" >&2; exit {NOT_STARTED}; }}\' EXIT; '
-        '"$@"; _job_status=$?; printf %s $_job_status >"$_job_file"; exit $_job_status')
+        '"$@"; _job_status=$?; _job_write() { printf %s $_job_status >"$_job_file"; } 2>/dev/null; '
+        'until _job_write || { [ -d "${_job_file%/*}" ] && { _job_write; true; }; } || [ ${#_job_tries} = 60 ]; '
+        'do _job_tries=x$_job_tries; sleep 1; done; exit $_job_status')
 
 
 def this_host() -> dict[str, str]:
@@ -644,9 +639,11 @@ def parse_record(text: bytes) -> dict[str, Any]:
         if (script == os.path.basename(script) and script[0] != '.' and abs(started) < 1e12
                 and isinstance(record['host'], str) and isinstance(record['ids'], list)
                 and all(isinstance(ident, (str, int, float)) for ident in record['ids'])):
-            pid, finished = record.get('pid', 0), float(record.get('finished', 0))
-            if isinstance(pid, int) and abs(finished) < 1e12:
-                return {**record, 'started': started}
+            record['started'] = started
+            if 'finished' in record:
+                record['finished'] = float(record['finished'])
+            if isinstance(record.get('pid', 0), int) and abs(record.get('finished', 0)) < 1e12:
+                return dict(record)
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         pass
     return {}
@@ -739,7 +736,7 @@ class Record(dict[str, Any]):
         except FileExistsError:
             return False
         self.is_new = True
-        return self.lock()
+        return self.place.lock(self.fd)
 
     def open(self) -> None:
         """Open the file, and read it as it is now. Raises OSError where there is none, or no file: a link, a FIFO."""
@@ -755,30 +752,8 @@ class Record(dict[str, Any]):
         if fd >= 0:
             os.close(fd)
 
-    def lock(self) -> bool:
-        """Lock the open file, if nobody else has; return whether it is locked by us. Raises OSError."""
-        return self.place.lock(self.fd)
-
-    def open_for_script(self) -> int:
-        """Return the file opened once more, with a lock of its own, for the script alone. Raises OSError."""
-        fd = os.open(self.place.path, os.O_RDWR)
-        try:
-            self.place.asking.lock(fd)
-        except OSError:
-            os.close(fd)
-            raise
-        return fd
-
-    def is_script_alive(self) -> bool:
-        """Return whether something of the script still has the file of `open_for_script`. Raises OSError."""
-        return self.place.asking.locked_byte(self.fd) is not None
-
-    def is_locked(self) -> bool:
-        """Return whether somebody else has locked the open file. Raises OSError."""
-        return self.place.locked_byte(self.fd) is not None
-
     def save(self) -> None:
-        """Write it to the open file, in one write, so that a reader sees the old or the new. Raises OSError."""
+        """Write it to the open file, in one write. Raises OSError."""
         data = json.dumps(self, default=str).encode('utf-8', 'replace') + b'\n'
         if os.pwrite(self.fd, data, 0) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -790,13 +765,15 @@ class Record(dict[str, Any]):
 
         The kernel's boot id decides, whatever the host is called: a container that is started anew has another name.
         With another boot id it is still this machine, after a reboot, if its name and its machine id are the same.
-        None is for an empty record: its owner may be about to write it. It stays empty where its poller, or the power,
-        died between two system calls; after a minute (file servers and caches take at most half of one) it is taken for
-        such a one, and for ours. Raises OSError.
+        None is for an empty or a spoilt record: its owner may be about to write it, or, for a minute, a cache of the
+        file server shows an old one. After that it is of nobody, but for an empty one from before this host booted:
+        that is what a power cut left of ours. Raises OSError.
         """
         if not self:
-            status = os.fstat(self.fd)
-            return status.st_size == 0 if time.time() - status.st_mtime > 60 else None
+            status, now = os.fstat(self.fd), time.time()
+            if now - status.st_mtime < 60:
+                return None
+            return status.st_size == 0 and status.st_mtime < now - time.clock_gettime(time.CLOCK_BOOTTIME)
         keys = ('boot',) if self.get('boot') == here['boot'] else ('host', 'machine')
         return all(here[key] and self.get(key) == here[key] for key in keys)
 
@@ -840,17 +817,20 @@ class Shim:
     def reap(self) -> int | None:
         """Return how it ended, if it is our child and just did: its status, or -N if signal N killed it; else None.
 
-        Of a script whose shim was killed we know no more than of one that we found: it may live. Nor do we where others
-        took its status (SIGCHLD is ignored, os.wait): then it is NO_CHILD.
+        What is left then of a session that got TERM is killed first, as long as its id is certainly its own. Of a
+        script whose shim was killed we know no more than of one that we found: it may live. Nor do we where others took
+        its status (SIGCHLD is ignored, os.wait): then it is NO_CHILD.
         """
         if self.process is None or not self.runs_for_us:
             return None
-        try:  # WNOWAIT: Popen takes the status of who is not our child for 0
+        code = NO_CHILD
+        with contextlib.suppress(ChildProcessError):
+            # Without WNOWAIT nothing would keep its pid. And Popen takes the status of who is no child of ours for 0.
             if not os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return None
+            if self.kill_at is not None:
+                self.kill()
             code = self.process.wait()
-        except ChildProcessError:
-            code = NO_CHILD
         if self.pidfd >= 0:
             os.close(self.pidfd)
         if code >= 0:
@@ -871,22 +851,15 @@ class Shim:
         return bool(groups)
 
     def terminate(self) -> None:
-        """Send its session TERM, and let it have KILL after the grace period, see `kill_rest`."""
+        """Send its session TERM; it is to have KILL after the grace period."""
         self.kill_at = time.monotonic() + GRACE
         self.signal(signal.SIGTERM)
 
-    def kill_rest(self) -> None:
-        """Kill what is left of a session that got TERM, if its script has ended or its grace period has."""
-        if self.kill_at is None:
-            return
-        ended = None
-        if self.process and self.runs_for_us:
-            with contextlib.suppress(ChildProcessError):  # WNOWAIT: without reaping it, so that its pid stays its own
-                ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended or time.monotonic() >= self.kill_at:
-            deadline = time.monotonic() + 0.5  # what it held is not for the next script before all of it is gone
-            while self.signal(signal.SIGKILL) and time.monotonic() < deadline:
-                time.sleep(0.001)
+    def kill(self) -> None:
+        """Send its session KILL, and wait for its end: what it held is not for the next script before that."""
+        deadline = time.monotonic() + 0.5
+        while self.signal(signal.SIGKILL) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def was_killed_alone(self) -> bool:
         """Return whether it is gone while its script lives on, of which nobody will know how it ends."""
@@ -908,6 +881,7 @@ class Run:
         self.shim = Shim(self.out('exitcode'))
         self.is_new = False  # whether we started it, and did not log that yet
         self.left_behind: list[int] | None = None  # the pids of what it left running, if we saw any
+        self.code: int | None = None  # its exit status, when its `state` was asked for last
         self.finished = 0.0  # when it ended, once it is settled
 
     def __repr__(self) -> str:
@@ -937,8 +911,8 @@ class Run:
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> bool:
         """Make its record, and move `script` from to_run to running; return False where its name is another run's.
 
-        Raises FastgpuError where the name is too long, OSError where that cannot be done now, FileNotFoundError among
-        others if the script is gone. Nothing is left of the claim then.
+        Raises FastgpuError where that can never be done, OSError where it cannot now, FileNotFoundError if the script
+        is gone. Nothing is left of the claim then.
         """
         too_long = len(os.fsencode(self.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
         if too_long > 0:
@@ -961,6 +935,8 @@ class Run:
             if not (isinstance(error, FileNotFoundError) and os.path.lexists(self.path)):
                 if self.record.is_new:
                     self.unclaim()
+                if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
+                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
                 raise
         return True
 
@@ -968,8 +944,9 @@ class Run:
         """Lock a record that is there already, if its poller died here before it moved the script, and empty it."""
         with contextlib.suppress(OSError):  # a folder or a FIFO, or just removed
             self.record.open()
-            if (self.record.lock() and self.record.is_of(self.queue.here)
-                    and not self.record.keys() & {'pid', 'finished'} and not self.is_taken()):
+            record = self.record
+            if (record.place.lock(record.fd) and record.is_of(self.queue.here)
+                    and not record.keys() & {'pid', 'finished'} and not self.is_taken()):
                 self.record.clear()
                 self.record.is_new = True
         return self.record.is_new
@@ -985,9 +962,14 @@ class Run:
             self.record.close()
 
     def launch(self, command: Sequence[str], locks: Iterable[int], environment: dict[str, str]) -> None:
-        """Start `command` under a shim that inherits our files `locks`. Raises OSError where that fails."""
-        own = self.record.open_for_script()
+        """Start `command` under a shim that inherits our files `locks`. Raises OSError where that fails.
+
+        Its record is opened once more, with a lock of its own that only the shim and the script have: it tells us
+        whether something of them is left.
+        """
+        own = os.open(self.record.place.path, os.O_RDWR)
         try:
+            self.record.place.asking.lock(own)
             with open(self.out('stdout'), 'ab', 0) as stdout, open(self.out('stderr'), 'ab', 0) as stderr:
                 self.shim.start(command, stdout=stdout, stderr=stderr, pass_fds=(self.record.fd, own, *locks),
                                 env=environment)
@@ -1000,18 +982,15 @@ class Run:
 
     # Its end.
 
-    def exit_code(self) -> tuple[int | None, float]:
-        """Return its exit status and the time it ended, or None and now. Raises OSError.
+    def exit_code(self) -> int | None:
+        """Return its exit status as the shim wrote it, or None. Raises OSError.
 
         An empty file is none: the shim makes the file and then writes to it.
         """
-        try:
-            with open(self.out('exitcode'), 'rb') as file:
-                finished = os.fstat(file.fileno()).st_mtime
-                text = file.read(8)
-        except FileNotFoundError:
-            return None, time.time()
-        return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None, finished
+        with contextlib.suppress(FileNotFoundError), open(self.out('exitcode'), 'rb') as file:
+            text = file.read(8)
+            return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None
+        return None
 
     def age(self) -> float:
         """Return the seconds since it ended, by one clock: ours for our child, else that of its files."""
@@ -1025,11 +1004,15 @@ class Run:
     def state(self) -> str:
         """Return whether it RUNS or has ENDED here, runs ELSEWHERE, or is LOST, without a record. Raises OSError.
 
-        A run that is not ours has ended when nobody locks its record any more. Where a daemon that it left behind still
-        does, or where somebody replaced the record by a copy, its exit status and its shim tell.
+        Notes its exit `code`, but for one of ours that runs. A run that is not ours has ended when nobody locks its
+        record any more. Where a daemon that it left behind still does, or where somebody replaced the record by a copy,
+        its exit status and its shim tell.
         """
+        if self.shim.runs_for_us:
+            return RUNS
+        self.code = self.exit_code()
         if self.shim.process:
-            return RUNS if self.shim.runs_for_us else ENDED
+            return ENDED
         try:
             self.record.open()
         except OSError as error:
@@ -1043,23 +1026,22 @@ class Run:
             return ELSEWHERE if self.record else LOST
         same = all(self.record.get(key) == self.queue.here[key] for key in ('boot', 'pids'))
         self.shim.pid = self.record.get('pid') if same else None
-        if self.record.is_locked():
+        if self.record.place.locked_byte(self.record.fd) is not None:
             return ENDED if self.age() > OVERDUE else RUNS
         # A script can have closed what it inherited, and its shim be killed alone.
-        alive = self.exit_code()[0] is None and (self.shim.is_alive() or self.shim.was_killed_alone())
+        alive = self.code is None and (self.shim.is_alive() or self.shim.was_killed_alone())
         return RUNS if alive else ENDED
 
     def advice(self, state: str) -> str:
-        """Return what there is to say of a run in a `state`, if it is not ours, to who waits for it. Raises OSError."""
-        name, requeue = shown(self.name), shown(f'mv {shlex.quote(self.path)} {shlex.quote(str(self.queue.to_run))}/')
+        """Return what there is to say of a run in a `state`, if it is not ours, to who waits for it."""
         if state == RUNS:
-            return f'waiting for {name}, which runs without this poller'
+            return shown(f'waiting for {self.name}, which runs without this poller')
+        folder = self.queue.to_run if self.code is None else self.queue.fail if self.code else self.queue.complete
+        mend = f'mv {shlex.quote(self.path)} {shlex.quote(str(folder))}/'
         if state == LOST:
-            return f'{shown(self.path)} has no record in out; if nothing runs it: {requeue}'
-        code, host = self.exit_code()[0], shown(self.record.get('host', ''))
-        if code is None:
-            return f'{name} runs on {host}; if that host is gone: {requeue}'
-        return f'{name} ended on {host} ({describe(code)}): start fastgpu_poll there'
+            return shown(f'{self.path} has no record in out; if nothing runs it: {mend}')
+        how = 'runs' if self.code is None else f'ended ({describe(self.code)})'
+        return shown(f'{self.name} {how} on {self.record["host"]}; if no fastgpu_poll will run there again: {mend}')
 
     def is_taken_out(self) -> bool:
         """Return whether it is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
@@ -1093,24 +1075,24 @@ class Run:
         started: float = self.record.get('started', self.finished)
         return max(0.0, self.finished - max(since, started))
 
-    def settle(self, code: int | None, finished: float) -> tuple[str, str]:
-        """File it, if it has ended and its record is ours, in complete, fail or to_run, by its `exit_code`.
+    def settle(self) -> tuple[str, str]:
+        """File it, if it has ended and its record is ours, in complete, fail or to_run, by its exit `code`.
 
         Each step can be repeated: a crash between two leaves what the next settle completes. Returns the folder it
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = shown(self.name), self.record, self.queue
-        if code is None and not self.was_started():
+        if self.code is None and not self.was_started():
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
-        self.finished = finished
-        if code is None and self.shim.status is not None:
+        if self.code is None and self.shim.status is not None:
             Path(self.out('exitcode')).write_text(str(self.shim.status))
-            code = self.shim.status
-        if 'finished' not in record:
-            record.update(finished=round(finished, 3), exitcode=code)
+            self.code = self.shim.status
+        if 'finished' not in record:  # by the clock of this host, as when it started
+            record.update(finished=round(time.time() - self.age(), 3), exitcode=self.code)
             record.save()
-        folder, how = self.verdict(code)
+        self.finished = record['finished']
+        folder, how = self.verdict()
         how = f'({how}, {duration(self.seconds())})'
         if not os.path.lexists(self.path):  # cancelled by a person, or filed by another poller
             if record.get('cancelled'):
@@ -1121,15 +1103,15 @@ class Run:
         text = 'requeue' if folder == 'to_run' else folder
         text += f' {name}' + f' as {shown(path.name)}' * (path.name != self.name) + f' {how}'
         if folder == 'fail':
-            reason = first_line_trouble(path, code) or last_line(self.out('stderr'))
+            reason = first_line_trouble(path, self.code) or last_line(self.out('stderr'))
             text += f': {remark(reason, self.out("stderr"))}'
         return folder, text
 
-    def verdict(self, code: int | None) -> tuple[str, str]:
-        """Return the folder where a run belongs that ended with the status `code`, and how it ended, in a few words."""
+    def verdict(self) -> tuple[str, str]:
+        """Return the folder where it belongs, and how it ended, in a few words."""
         stopped = self.record.get('stopped')
-        if code is not None:
-            return 'complete' if code == 0 else 'to_run' if stopped else 'fail', describe(code)
+        if self.code is not None:
+            return 'complete' if self.code == 0 else 'to_run' if stopped else 'fail', describe(self.code)
         if os.path.lexists(self.out('exitcode')):  # an empty file is all that the shim could write
             return 'to_run' if stopped else 'fail', 'status unknown, the disk was full'
         if len(os.fsencode(self.script)) > 255:  # an edited record
@@ -1916,7 +1898,8 @@ class Runs(dict[str, Run]):
         """Give back what those scripts of ours held that have ended; return whether that was anything."""
         freed = False
         for run in self.values():
-            run.shim.kill_rest()
+            if run.shim.kill_at is not None and time.monotonic() >= run.shim.kill_at:
+                run.shim.kill()
             code = run.shim.reap()
             if code is None:
                 continue
@@ -1925,7 +1908,7 @@ class Runs(dict[str, Run]):
             if code >= 0:
                 self.pool.unlock(*held)
                 self._cuts.pop(run.script, None)
-                if run.record.is_script_alive():
+                if run.record.place.asking.locked_byte(run.record.fd) is not None:
                     run.record['left_behind'] = run.left_behind = pids_with(run.record.place.path)
                     self.pool.rest(held, f'{run.name} left something running')
             else:
@@ -1982,7 +1965,7 @@ class Runs(dict[str, Run]):
 
         Raises OSError.
         """
-        if state == RUNS and run.shim.kill_at is None and run.exit_code()[0] is None:
+        if state == RUNS and run.shim.kill_at is None and run.code is None:
             if run.is_taken_out() and run.shim.is_alive():
                 log(f'{self.where(run.ids)}: cancel {shown(run.name)}, taken out of running')
                 run.terminate('cancelled')
@@ -1997,22 +1980,21 @@ class Runs(dict[str, Run]):
 
     def finish(self, run: Run) -> bool:
         """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
-        code, finished = run.exit_code()
         age = run.age()
-        if not (run.shim.process or run.record.lock() or age > OVERDUE):
+        if not (run.shim.process or run.record.place.lock(run.record.fd) or age > OVERDUE):
             return False  # another poller is about to
         # Slurm, or a box that shuts down, sends TERM to all processes at once, to some of them a moment earlier than to
         # us: what it ended goes back to to_run.
-        if (code or run.shim.status) and not run.record.keys() & {'cancelled', 'finished'}:
+        if (run.code or run.shim.status) and not run.record.keys() & {'cancelled', 'finished'}:
             if self.stopping() and age < 1:
                 run.record['stopped'] = True
-            elif code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
+            elif run.code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
                 return False  # too early to tell
         if run.shim.process and not run.was_started():
             self.pending.hold(run.name, 'no process to be had for it')
             run.unclaim()
             return True
-        folder, text = run.settle(code, finished)
+        folder, text = run.settle()
         if text:
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
         if run.left_behind is not None:
@@ -2162,18 +2144,18 @@ class Poller:
             locks = pool.lend(*ids)
             environment = {'PYTHONUNBUFFERED': '1', **os.environ, **pool.environment(*ids)}
             run = self.queue.claim(os.path.basename(script), pool.kind, ids)
-            if not run:
-                return False
             self.runs[run.name] = run  # even if a KeyboardInterrupt comes now, it is seen to
             refuse = ['/bin/sh', '-c', 'echo "$0" >&2; exit 1', refusal]
             run.launch(refuse if refusal else [*pool.wrapper, run.path], locks, environment)
             run.held = ids
             pool.sign(ids, f'runs {run.name} of {user_name(os.getuid())} (pid {run.shim.pid}, {self.queue.path})')
             return True
-        except OSError:
+        except OSError as error:
             if run:
                 del self.runs[run.name]
                 run.unclaim()
+            elif isinstance(error, FileNotFoundError) and not os.path.lexists(self.queue.to_run / script):
+                return False
             raise
         finally:
             if not (run and run.held):
@@ -2209,7 +2191,7 @@ class Poller:
             if alive:
                 log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
         for run in alive:
-            if run.shim.kill_at is None and run.exit_code()[0] is None:
+            if run.shim.kill_at is None and run.exit_code() is None:
                 run.terminate('stopped')
         self.runs.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
         alive += [run for run in self.runs.values() if not run.shim.process and run.shim.kill_at is not None]
