@@ -75,6 +75,8 @@ StrPath = Union[str, 'os.PathLike[str]']
 JUST_WRITTEN = 0.1  # seconds in which a file that was written to may still be being copied
 LOOK_AROUND = 1.0   # seconds between two looks at the runs of others
 OVERDUE = 3.0       # seconds after which whoever should have filed a script that ended is taken to be dead
+STEP_BACK = 0.25    # seconds for which what is free is left to who has waited longer
+HUSH = 60.0         # seconds between two lines on why the same resource is not free
 GRACE = 10.0        # seconds that a script has between TERM and KILL
 
 
@@ -532,14 +534,19 @@ class Place(NamedTuple):
     number: int = 1 << 20  # of bytes
 
     @property
-    def whole(self) -> Place:
-        """All places of its file."""
-        return Place(self.path)
-
-    @property
     def asking(self) -> Place:
         """The place behind all others, which is held by who asks whether one of them is free."""
         return Place(self.path, 1 << 20, 1)
+
+    def take(self) -> int:
+        """Open its file and lock it; return the open file, or -1 where somebody else has it. Raises OSError."""
+        fd, is_ours = open_lock(self.path), False
+        try:
+            is_ours = self.lock(fd)
+        finally:
+            if not is_ours:
+                os.close(fd)
+        return fd if is_ours else -1
 
     def lock(self, fd: int, kind: int = fcntl.F_WRLCK) -> bool:
         """Lock it in the open file `fd`, if nobody else has it and its path leads to that file. Raises OSError.
@@ -601,6 +608,41 @@ class Place(NamedTuple):
 
 FLOCK = 'hhqqi'  # struct flock of fcntl(2): type, whence, start, length, pid
 NOTE = 256  # bytes for each place in its file, which say who has it
+WAITING = 1 << 21  # the byte of a lock file from which on those wait who would like to have what it locks
+
+
+SEVERAL = 1 << 61  # the same for who needs several such files at once
+
+
+class Line:
+    """A line of those who wait at a lock file, and our place in it.
+
+    That is a byte too: its number, from `base` on, is the time since when one waits, in µs of the clock that all
+    processes of a host share. So whose is lower has waited longer, and the kernel drops it with who waits.
+    """
+
+    def __init__(self, path: str, base: int) -> None:
+        self.path, self.base = path, base
+        self.fd = -1  # has our place
+        self._since = 0
+
+    def join(self) -> None:
+        """Wait, behind all who do; where there can be no lock, without a place in the line."""
+        if self.fd < 0:
+            self._since = self.base + time.monotonic_ns() // 1000
+            with contextlib.suppress(OSError):
+                self.fd = Place(self.path, self._since, 1).take()
+
+    def leave(self) -> None:
+        """Wait no longer."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def has_others_before_us(self, fd: int) -> bool:
+        """Return whether somebody waits there, in the open file `fd`, and has longer than we. Raises OSError."""
+        ours = self._since if self.fd >= 0 else self.base + time.monotonic_ns() // 1000
+        return Place(self.path, self.base, ours - self.base).locked_byte(fd) is not None
 
 
 # --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
@@ -1125,6 +1167,156 @@ class Run:
 
 # --- Pools: which resources there are, and who has them ---------------------------------------------------------------
 
+class Claims:
+    """What we hold of the resources of a `pool`, what we keep for a script that needs several, and what we wait for."""
+
+    def __init__(self, pool: ResourcePoolBase) -> None:
+        self.pool = pool
+        self.locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
+        self.asked: Any = None  # what we have the right to ask about just now, which nobody has
+        self.kept: list[Any] = []  # what we hold for a script that needs more
+        self._wanting = ''  # that script
+        self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
+        self._rest_until: dict[str, float] = {}  # until when not to take what may still be in use, by lock file
+        self._free_since: dict[Hashable, float] = {}  # what is left to who has waited longer, and since when it is
+        self._lines: dict[str, Line] = {}  # in which we wait, by lock file
+        self._several: list[Line] = []  # the same where we need several
+
+    def unlock(self, *ids: Any) -> None:
+        """Give the locks of `ids` back, also if a daemon that a script left behind still has their files open."""
+        for ident in ids:
+            if ident in self.locks:
+                self.pool.place(ident).unlock(self.locks[ident])
+        self.drop(*ids)
+
+    def drop(self, *ids: Any) -> None:
+        """Close our files of the locks of `ids`: whoever inherited them, if anybody did, still holds them."""
+        for ident in ids:
+            if ident in self.locks:
+                os.close(self.locks.pop(ident))
+                self._free_since.pop(ident, None)
+                path = self.pool.place(ident).path
+                self._line(path).leave()  # to wait for it anew, behind all who do
+                self._ask_at.pop(path, None)  # perhaps that is all that the next script needs
+
+    def lend(self, *ids: Any) -> list[int]:
+        """Return the files that hold `ids`, for a script to inherit. Raises FastgpuError if one cannot be locked."""
+        for ident in ids:
+            if ident not in self.locks and not self.take(ident):
+                reason = self.pool.reasons.get(ident) or 'busy'
+                raise FastgpuError(f'{self.pool.kind} {self.pool.label(ident)} {reason}')
+        return [self.locks[ident] for ident in ids]
+
+    def rest(self, ids: Iterable[Any], reason: str) -> None:
+        """Do not take `ids` for the time that this kind of resource `lingers`: for them, nobody can tell before."""
+        for ident in ids if self.pool.lingers else ():
+            self._rest_until[self.pool.place(ident).path] = time.monotonic() + self.pool.lingers
+            what = f'waiting {self.pool.lingers:.0f} s to see whether that uses it'
+            self.pool.reasons[ident] = f'busy: {reason}: {what}'
+
+    def sign(self, ids: Iterable[Any], text: str, reason: str = '') -> None:
+        """Write into the lock files of `ids`, which we hold, what for: for others, and the `reason` to wait for us."""
+        for ident in ids:
+            self.pool.place(ident).write_note(self.locks[ident], text)
+            self.pool.reasons[ident] = reason
+
+    def take_some(self, number: int, script: str = '') -> list[Any]:
+        """Lock so many of the resources that are available, on as many lock files; all of them or none.
+
+        Where there are not, we wait in line for them: to be called again and again for the same `script`, until
+        `leave`. Who waits longest of those who need several, keeps what it gets: so none is starved by a stream of
+        small scripts, and no two who each hold a part wait for each other. What nobody has and was not available is
+        asked about once a second.
+        """
+        keep = self._may_keep(number)
+        if not keep or script != self._wanting:
+            self._give_back()
+            self._wanting = script
+        left = [ident for ident in self.pool.all_ids() if ident not in self.locks]
+        try:
+            while len(self.kept) < number and left and (keep or len(self.kept) + len(left) >= number):
+                ident = left.pop(0)
+                if self.pool.place(ident).path not in self.pool.files(self.kept) and self.take(ident, ask=True):
+                    self.kept.append(ident)
+        finally:
+            if len(self.kept) < number and not keep:
+                self._give_back()
+        if len(self.kept) == number:
+            ids, self.kept = [ident for ident in self.pool.all_ids() if ident in self.kept], []
+            self._may_keep(1)
+            return ids
+        for path in self.pool.files(self.pool.all_ids()):
+            self._line(path).join()
+        which, need = f'kept for {script}', f'which needs {number}'
+        who = f'of {user_name(os.getuid())} (pid {os.getpid()}, {self.pool.path})'
+        self.sign(self.kept, f'{which} {who}, {need}', shown(f'{which}, {need}'))
+        return []
+
+    def leave(self) -> None:
+        """Wait for nothing any more, and keep nothing."""
+        self._give_back()
+        self._may_keep(1)
+        for line in self._lines.values():
+            line.leave()
+
+    def take(self, ident: Any, ask: bool = False) -> bool:
+        """Lock `ident` if nobody has it; `ask` whether it is available, which one poller at a time may do.
+
+        Then, what somebody has waited for longer than we is left to him, for as long as he needs to see it.
+        """
+        place, reasons, fd, now = self.pool.place(ident), self.pool.reasons, -1, time.monotonic()
+        try:
+            fd = open_lock(place.path)
+            who = place.holder(fd)
+            if who:
+                reasons[ident] = f'busy: {who}'
+                self._free_since.pop(ident, None)
+            elif ask and now < max(self._ask_at.get(place.path, 0), self._rest_until.get(place.path, 0)):
+                return False  # what was the reason then is still the reason
+            elif (ask and self._line(place.path).has_others_before_us(fd)
+                    and now < self._free_since.setdefault(ident, now) + STEP_BACK):
+                return False
+            elif place.asking.lock(fd):
+                reasons[ident], self.asked = '', ident
+                if ask and not self.pool.is_available(ident):
+                    self._ask_at[place.path] = time.monotonic() + LOOK_AROUND
+                elif place.lock(fd):
+                    place.write_note(fd, f'taken by {user_name(os.getuid())} (pid {os.getpid()})')
+                    place.asking.unlock(fd)
+                    self.locks[ident] = fd
+                    self._line(place.path).leave()
+            return ident in self.locks
+        except OSError as error:
+            reasons[ident] = f'unusable: {explain(error)}'
+            return False
+        finally:
+            self.asked = None
+            if fd >= 0 and self.locks.get(ident) != fd:
+                os.close(fd)
+
+    def ask_anew(self) -> None:
+        """Ask at once about what was not available a moment ago."""
+        self._ask_at.clear()
+
+    def _give_back(self) -> None:
+        """Give back what is kept for a script. What of it is free is not asked about again at once."""
+        ids, self.kept = self.kept, []
+        self.unlock(*ids)
+        self._ask_at.update(dict.fromkeys(self.pool.files(ids), time.monotonic() + LOOK_AROUND))
+
+    def _may_keep(self, number: int) -> bool:
+        """Return whether we need several, and nobody who does has waited longer for any that we could use."""
+        if number > 1 and not self._several:
+            self._several = [Line(path, SEVERAL) for path in self.pool.files(self.pool.all_ids())]
+        for line in self._several:
+            line.join() if number > 1 else line.leave()
+        return number > 1 and all(line.fd >= 0 and not line.has_others_before_us(line.fd) for line in self._several)
+
+    def _line(self, path: str) -> Line:
+        """Return the line of those who wait at a lock file."""
+        return self._lines.setdefault(path, Line(path, WAITING))
+
+
 class ResourcePoolBase:
     """Runs the scripts of the queue in the folder `path`, each on one of the resources that `all_ids` names.
 
@@ -1145,14 +1337,10 @@ class ResourcePoolBase:
         self.wrapper: list[str] = []  # words to put in front of each script's path
         self.reasons: dict[Hashable, str] = {}  # why a resource was not free, or '', when we looked last
         self.between: Callable[[], None] = lambda: None  # what to do between two questions that can take seconds
-        self._asked: Any = None  # what we have the right to ask about just now, which nobody has
-        self._locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
-        self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
-        self._rest_until: dict[str, float] = {}  # until when not to take what may still be in use, by lock file
-        self._several_at = 0.0  # when to try to get several at once again
         self.completed: list[str] = []  # the runs that were filed since `poll_scripts` was called last, by name
         self.failed: list[str] = []
         self.cancelled: list[str] = []
+        self.claims = Claims(self)
         self.poller = Poller(self)
 
     # What a resource is: for a subclass to say.
@@ -1167,9 +1355,9 @@ class ResourcePoolBase:
         A subclass adds its own test to `super().is_available(ident)`. Before a script starts it is asked while nobody
         else can ask, so what it finds cannot be changed by another poller.
         """
-        if ident not in self._locks and ident != self._asked:
+        if ident not in self.claims.locks and ident != self.claims.asked:
             self.reasons[ident] = self.place(ident).why_locked()
-        return ident not in self._locks and not self.reasons[ident]
+        return ident not in self.claims.locks and not self.reasons[ident]
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return the variables that a script on `ids` (mostly one) gets in addition to those of the poller."""
@@ -1189,79 +1377,28 @@ class ResourcePoolBase:
 
     # Who has it.
 
+    def files(self, ids: Iterable[Any]) -> set[str]:
+        """Return the lock files of `ids`."""
+        return {self.place(ident).path for ident in ids}
+
     def lock(self, ident: Any) -> bool:
         """Take the lock of `ident`; return whether we got it. It is ours until `unlock`, or until we end."""
-        return ident not in self._locks and self._take(ident)
+        return ident not in self.claims.locks and self.claims.take(ident)
 
     def unlock(self, *ids: Any) -> None:
-        """Give the locks of `ids` back, also if a daemon that a script left behind still has their files open."""
-        for ident in ids:
-            if ident in self._locks:
-                self.place(ident).unlock(self._locks[ident])
-        self.drop(*ids)
-
-    def drop(self, *ids: Any) -> None:
-        """Close our files of the locks of `ids`: whoever inherited them, if anybody did, still holds them."""
-        for ident in ids:
-            if ident in self._locks:
-                os.close(self._locks.pop(ident))
-                self._ask_at.pop(self.place(ident).path, None)  # perhaps that is all that the next script needs
-                self._several_at = 0.0
-
-    def held(self) -> list[Any]:
-        """Return the resources that we hold."""
-        return list(self._locks)
-
-    def lend(self, *ids: Any) -> list[int]:
-        """Return the files that hold `ids`, for a script to inherit. Raises FastgpuError if one cannot be locked."""
-        for ident in ids:
-            if ident not in self._locks and not self.lock(ident):
-                raise FastgpuError(f'{self.kind} {self.label(ident)} {self.reasons.get(ident) or "busy"}')
-        return [self._locks[ident] for ident in ids]
-
-    def rest(self, ids: Iterable[Any], reason: str) -> None:
-        """Do not take `ids` for the time that this kind of resource `lingers`: for them, nobody can tell before."""
-        for ident in ids if self.lingers else ():
-            self._rest_until[self.place(ident).path] = time.monotonic() + self.lingers
-            self.reasons[ident] = f'busy: {reason}: waiting {self.lingers:.0f} s to see whether that uses it'
-
-    def sign(self, ids: Iterable[Any], text: str) -> None:
-        """Write into the lock files of `ids`, which we hold, what they are held for, for whoever waits for them."""
-        for ident in ids:
-            self.place(ident).write_note(self._locks[ident], text)
+        """Give the locks of `ids` back."""
+        self.claims.unlock(*ids)
 
     def find_next(self) -> Any:
         """Return the first resource that is available, or None."""
         return next((ident for ident in self.all_ids() if self.is_available(ident)), None)
 
     def lock_next(self) -> Any:
-        """Lock the first resource that is available; return it, or None where there is none."""
-        self._ask_at.clear()
-        return next(iter(self.lock_some(1)), None)
-
-    def lock_some(self, number: int) -> list[Any]:
-        """Lock so many of the resources that are available, on as many lock files; all of them or none.
-
-        What nobody has and was not available, is asked about once a second at most.
-        """
-        ids: list[Any] = []
-        if number > 1 and time.monotonic() < self._several_at:
-            return ids
-        left = [ident for ident in self.all_ids() if ident not in self._locks]
-        try:
-            # Stop as soon as it cannot be done: two pollers that each hold a part would wait for each other.
-            while len(ids) < number <= len(ids) + len(left):
-                ident = left.pop(0)
-                if self._take(ident, self.is_available):
-                    ids.append(ident)
-                    if number > 1:
-                        left = [other for other in left if self.place(other).path != self.place(ident).path]
-        finally:
-            if len(ids) < number:
-                self.unlock(*ids)
-                # For a time of our own, so that those who each got a part of what they want do not meet again.
-                self._several_at = time.monotonic() + LOOK_AROUND * (0.5 + os.urandom(1)[0] / 256)
-        return ids if len(ids) == number else []
+        """Lock the first resource that is available; return it, or None where there is none. Waits in no line."""
+        self.claims.ask_anew()
+        ident = next(iter(self.claims.take_some(1)), None)
+        self.claims.leave()
+        return ident
 
     def look(self, ident: Any) -> dict[str, Any]:
         """Return the `state` of a resource, free, busy or unusable, and the `reason` where it is not free."""
@@ -1271,33 +1408,6 @@ class ResourcePoolBase:
         if reason.startswith('runs '):
             reason += f' for {duration(time.time() - os.stat(self.place(ident).path).st_mtime)}'
         return {'state': state, 'reason': reason}
-
-    def _take(self, ident: Any, test: Callable[[Any], bool] | None = None) -> bool:
-        """Lock `ident` if nobody has it and it passes the `test`; one poller at a time may ask that."""
-        place, fd = self.place(ident), -1
-        try:
-            fd = open_lock(place.path)
-            who = place.holder(fd)
-            if who:
-                self.reasons[ident] = f'busy: {who}'
-            elif test and time.monotonic() < max(self._ask_at.get(place.path, 0), self._rest_until.get(place.path, 0)):
-                return False  # what was the reason then is still the reason
-            elif place.asking.lock(fd):
-                self.reasons[ident], self._asked = '', ident
-                if test and not test(ident):
-                    self._ask_at[place.path] = time.monotonic() + LOOK_AROUND
-                elif place.lock(fd):
-                    place.write_note(fd, f'taken by {user_name(os.getuid())} (pid {os.getpid()})')
-                    place.asking.unlock(fd)
-                    self._locks[ident] = fd
-            return ident in self._locks
-        except OSError as error:
-            self.reasons[ident] = f'unusable: {explain(error)}'
-            return False
-        finally:
-            self._asked = None
-            if fd >= 0 and self._locks.get(ident) != fd:
-                os.close(fd)
 
     # Running scripts on them.
 
@@ -1677,6 +1787,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         path = os.path.join(self._lock_folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_'))
         return Place(path, number, 1) if self.per_gpu > 1 else Place(path)
 
+
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return FASTGPU_ID and what makes CUDA see these GPUs alone, counted as NVML counts."""
         gpus = ','.join(str(self._places[ident][0].ident) for ident in ids)
@@ -1701,7 +1812,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         except GpuError as error:
             self.reasons[ident] = f'unusable: {shown(error)}'
             return False
-        if self.per_gpu > 1 and self.place(ident).whole.why_locked():  # by scripts that have other places on it
+        if self.per_gpu > 1 and Place(self.place(ident).path).why_locked():  # by scripts that have other places on it
             busy = total - used < total / self.per_gpu
             rule = f'; one more script needs {memory_text(total / self.per_gpu)} of {memory_text(total)} free'
         else:
@@ -1740,16 +1851,24 @@ class News:
 
     def __init__(self) -> None:
         self._said: dict[Hashable, str] = {}
+        self._quiet_until: dict[Hashable, float] = {}
 
-    def say(self, about: Hashable, text: str) -> None:
+    def say(self, about: Hashable, text: str, pause: float = 0) -> None:
         """Log `text` unless it is what was last said about this, but for amounts, which always change.
 
-        `about` is a resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
+        Nor where the last `pause` after something that was said about this has not ended, in seconds. `about` is a
+        resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
         """
         gist = re.sub(r'[0-9.]+ ([MG]iB|scripts?)', '', text)
-        if self._said.get(about) != gist:
+        if self._said.get(about) != gist and time.monotonic() >= self._quiet_until.get(about, 0):
             self._said[about] = gist
+            self.hush(about, pause)
             log(text)
+
+    def hush(self, about: Hashable, pause: float) -> None:
+        """Say nothing about this for so many seconds."""
+        if pause:
+            self._quiet_until[about] = time.monotonic() + pause
 
     def forget(self, about: Hashable) -> None:
         """Say what there is to say about this again, when it comes up again."""
@@ -1910,11 +2029,11 @@ class Runs(dict[str, Run]):
                 self._cuts.pop(run.script, None)
                 if run.record.place.asking.locked_byte(run.record.fd) is not None:
                     run.record['left_behind'] = run.left_behind = pids_with(run.record.place.path)
-                    self.pool.rest(held, f'{run.name} left something running')
+                    self.pool.claims.rest(held, f'{run.name} left something running')
             else:
                 # When its locks end is for the kernel, and from here on it is a run that we found. One that kills its
                 # own group each time would go round for ever: the second time counts as its end.
-                self.pool.drop(*held)
+                self.pool.claims.drop(*held)
                 if run.shim.was_killed_alone():
                     run.mark('shim_killed')
                 run.record.close()
@@ -2039,7 +2158,7 @@ class Poller:
         runs.tally = Tally()
         self.pool.completed, self.pool.failed, self.pool.cancelled = runs.tally.ended.values()
         runs.look_at, self.stop_at = 0.0, None
-        self.lent = self.pool.held()
+        self.lent = list(self.pool.claims.locks)
         alive = self.queue.announce()
         handler = signal.getsignal(signal.SIGINT)
         ours = handler == signal.default_int_handler and threading.current_thread() is threading.main_thread()
@@ -2056,7 +2175,8 @@ class Poller:
         finally:
             log.bottom('')
             os.close(alive)
-            self.pool.drop(*self.loose())
+            self.pool.claims.leave()
+            self.pool.claims.drop(*self.loose())
             if ours:
                 signal.signal(signal.SIGINT, handler)
         return self.sum_up()
@@ -2095,6 +2215,7 @@ class Poller:
             self.pending.update(hurry)
             name = self.pending.first(self.runs.is_ending)
             if name is None:
+                self.pool.claims.leave()
                 return
             try:
                 if not self.start_one(name):
@@ -2109,13 +2230,13 @@ class Poller:
         """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
         pool = self.pool
         number = pool.demand(self.queue.to_run / name)
-        most = len({pool.place(ident).path for ident in pool.all_ids()}) if number > 1 else 1
+        most = len(pool.files(pool.all_ids())) if number > 1 else 1
         if number > most:
             reason = f'{shown(name)} asks for {number} {pool.kind}s, and there {"are" if most != 1 else "is"} {most}'
             self.news.say(name, reason)
             self.run(name, (), refusal=reason)
             return True
-        ids = pool.lock_some(number)
+        ids = pool.claims.take_some(number, name)
         if self.signals:  # a driver can take seconds for its answers
             pool.unlock(*ids)
             return False
@@ -2123,12 +2244,14 @@ class Poller:
             if not pool.reasons.get(ident):
                 self.news.forget((pool.kind, ident))
             elif not ids:
-                self.news.say((pool.kind, ident), f'{self.runs.where([ident])} {pool.reasons[ident]}')
+                reason = pool.reasons[ident]
+                pause = HUSH if reason.startswith('busy: runs ') else 0  # on a shared box others come and go
+                self.news.say((pool.kind, ident), f'{self.runs.where([ident])} {reason}', pause)
         if ids:
             self.run(name, ids)
         elif number > 1:
-            usable = len({pool.place(ident).path for ident in pool.all_ids()
-                          if not pool.reasons.get(ident, '').startswith('unusable')})
+            usable = len(pool.files(ident for ident in pool.all_ids()
+                                    if not pool.reasons.get(ident, '').startswith('unusable')))
             what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
             self.news.say(name, f'{shown(name)} waits for {what}, and all behind it wait too')
         return bool(ids)
@@ -2141,14 +2264,15 @@ class Poller:
             raise FastgpuError(f'{self.runs.where(taken)} is in use')
         run = None
         try:
-            locks = pool.lend(*ids)
+            locks = pool.claims.lend(*ids)
             environment = {'PYTHONUNBUFFERED': '1', **os.environ, **pool.environment(*ids)}
             run = self.queue.claim(os.path.basename(script), pool.kind, ids)
             self.runs[run.name] = run  # even if a KeyboardInterrupt comes now, it is seen to
             refuse = ['/bin/sh', '-c', 'echo "$0" >&2; exit 1', refusal]
             run.launch(refuse if refusal else [*pool.wrapper, run.path], locks, environment)
             run.held = ids
-            pool.sign(ids, f'runs {run.name} of {user_name(os.getuid())} (pid {run.shim.pid}, {self.queue.path})')
+            user = user_name(os.getuid())
+            pool.claims.sign(ids, f'runs {run.name} of {user} (pid {run.shim.pid}, {self.queue.path})')
             return True
         except OSError as error:
             if run:
@@ -2159,7 +2283,7 @@ class Poller:
             raise
         finally:
             if not (run and run.held):
-                pool.drop(*ids)
+                pool.claims.drop(*ids)
 
     def is_finished(self) -> bool:
         """Return whether there is nothing to do, nor after one more look around, which may put something back."""
@@ -2178,6 +2302,7 @@ class Poller:
 
     def stop(self) -> bool:
         """Do what the signals so far ask for; return whether it is done."""
+        self.pool.claims.leave()
         # Ours that run; one that has ended and cannot be filed now is for the next poller.
         alive = [run for run in self.runs.values() if run.shim.runs_for_us]
         if not self.runs.stopping():
@@ -2200,7 +2325,7 @@ class Poller:
     def loose(self) -> list[Any]:
         """Return the resources that we locked and that no script of ours runs on."""
         used = {ident for run in self.runs.values() for ident in run.held}
-        return [ident for ident in self.pool.held() if ident not in used and ident not in self.lent]
+        return [ident for ident in list(self.pool.claims.locks) if ident not in used and ident not in self.lent]
 
     def sum_up(self) -> int:
         """Log what was done and what was left; return the exit status."""

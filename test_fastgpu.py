@@ -1224,7 +1224,8 @@ def test_a_run_that_ended_on_another_host_is_not_to_be_run_again(queue, code, fo
     (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
     (queue.path / 'out' / 'a.sh.exitcode').write_text(str(code))
     log = queue.poll()[1]
-    mend = re.search(rf'a.sh ended \(status {code}\) on far; if no fastgpu_poll will run there again: (mv .*)\n', log)[1]
+    said = rf'a.sh ended \(status {code}\) on far; if no fastgpu_poll will run there again: (mv .*)\n'
+    mend = re.search(said, log)[1]
     subprocess.run(mend, shell=True, check=True)
     assert queue.all() == {'a.sh': folder}
 
@@ -1282,7 +1283,8 @@ def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(que
     third = queue.start('--workers', '1', command=hosts[1 - owner])
     assert third.wait(30) == 0
     assert queue.names('running') == ['00']
-    command = re.search(f'00 runs on {["one", "two"][owner]}; if no fastgpu_poll will run there again: (mv .*)', third.log())[1]
+    said = f'00 runs on {["one", "two"][owner]}; if no fastgpu_poll will run there again: (mv .*)'
+    command = re.search(said, third.log())[1]
     subprocess.run(command, shell=True, check=True)
     queue.open_gate()
     assert queue.poll()[0] == 0
@@ -1611,13 +1613,14 @@ def test_ctrl_c_in_the_api_drains_and_stops_as_in_the_command(queue, times):
 
 
 def test_a_slot_is_not_held_after_an_interrupt_between_its_lock_and_the_start(queue):
-    class Interrupted(FixedWorkerPool):
-        def lock_some(self, number):
-            super().lock_some(number)
+    class Interrupted(fastgpu.Claims):
+        def take_some(self, number, script):
+            super().take_some(number, script)
             raise KeyboardInterrupt
 
     queue.add('a.sh')
-    pool = Interrupted([0], queue.path)
+    pool = FixedWorkerPool([0], queue.path)
+    pool.claims = Interrupted(pool)
     with pytest.raises(KeyboardInterrupt):
         pool.poll_scripts()
     assert FixedWorkerPool([0], queue.path).lock_next() == 0
@@ -1630,7 +1633,7 @@ def test_a_pool_keeps_what_its_user_had_locked_before_it_polled(queue):
     assert pool.lock(0)
     assert pool.poll_scripts() == 0
     assert queue.record('a.sh')['ids'] == [1]
-    assert (pool.held(), FixedWorkerPool([0], queue.path).lock_next()) == ([0], None)
+    assert (list(pool.claims.locks), FixedWorkerPool([0], queue.path).lock_next()) == ([0], None)
 
 
 # --- Rule 5: nothing goes stale ---------------------------------------------------------------------------------------
@@ -1986,6 +1989,7 @@ def test_a_queue_that_is_away_while_a_script_ends_costs_neither_its_status_nor_a
     queue.add('a.sh', f'echo ran >> {queue.q}-ran; while ! [ -e {queue.q}-gate ]; do sleep 0.01; done; exit 3')
     poller = queue.start('--workers', '1')
     pid = queue.pid('a.sh')
+    until(Path(f'{queue.path}-ran').exists)
     poller.send_signal(signal.SIGSTOP)  # who polls in that second may say that the queue is gone
     away = queue.path.rename(f'{queue.path}-away')
     Path(f'{queue.path}-gate').touch()
@@ -3069,10 +3073,10 @@ def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gp
     pool = ResourcePoolGPU(queue.path)
     queue.add('a.sh', queue.gate())
     assert pool.run('a.sh', 0)
-    assert pool.lock_some(2) == []  # 1 is free, 2 is not: both are not asked again for a second
+    assert pool.claims.take_some(2, 'big') == []  # 1 is free, 2 is not: both are not asked again for a second
     queue.open_gate()
     until(pool.poller.runs.release)
-    assert pool.lock_some(2) == [0, 1]
+    assert pool.claims.take_some(2, 'big') == [0, 1]
 
 
 def test_pollers_that_want_all_gpus_get_them_however_slow_the_driver_is(gpus, tmp_path):
@@ -3800,7 +3804,8 @@ class Fire:
     """Pollers on one queue with fake GPUs, killed, stopped and started at random, on hosts of several names, some with
     a log that nobody reads; and a person who adds, edits and moves scripts."""
 
-    BODY = """exec 9>{path}/held/$FASTGPU_ID
+    # What they write is beside the queue, which is moved.
+    BODY = """exec 9>{path}/held-$FASTGPU_ID
 flock -n 9 || echo {token} >> {path}/clash
 trap 'exit 9' TERM
 echo {token}; sleep {seconds} & wait
@@ -3808,7 +3813,8 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
 
     def __init__(self, queue, seed):
         self.queue, self.random = queue, random.Random(seed)
-        (queue.path / 'held').mkdir()
+        self.aside = Path(f'{queue.path}-aside')
+        self.aside.mkdir()
         self.tokens, self.touched, self.kills = 0, set(), 0
         self.statuses = {}
         self.live, self.unread = [], []
@@ -3846,9 +3852,21 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         number = self.random.randrange(30)
         for name in f'#s{number}.sh#', f's{number}.sh~':
             file = self.queue.path / 'to_run' / name
-            file.write_text(f'#!/bin/sh\necho {name} >> {self.queue.q}/clash\n')
+            file.write_text(f'#!/bin/sh\necho {name} >> {shlex.quote(str(self.aside / "clash"))}\n')
             file.chmod(0o755)
             os.utime(file, (1, 1))
+
+    def move_the_queue(self):
+        """Move the whole queue away, and back after a moment, in which a poller that just starts may make it anew."""
+        away = self.queue.path.rename(f'{self.queue.path}-away')
+        time.sleep(self.random.random() / 20)
+        while True:
+            try:
+                away.rename(self.queue.path)
+                break
+            except OSError:  # what ended in that moment may have written its status there
+                self.touched |= {re.search('t[0-9]{5}', file.read_text())[0] for file in away.glob('running/*')}
+                shutil.rmtree(self.queue.path, ignore_errors=True)
 
     def stop_poller(self):
         poller = self.live.pop(self.random.randrange(len(self.live)))
@@ -3863,7 +3881,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         token = f't{self.tokens:05}'
         name = f's{self.random.randrange(30)}.sh'
         self.statuses[token] = self.random.choice([0, 0, 1, 77])
-        body = self.BODY.format(path=self.queue.q, token=token, status=self.statuses[token],
+        body = self.BODY.format(path=shlex.quote(str(self.aside)), token=token, status=self.statuses[token],
                                 seconds=round(self.random.random() / 5, 3))
         draft = self.queue.path / token
         draft.write_text(f'#!/bin/sh\n{body}\n')
@@ -3894,7 +3912,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         (self.queue.path / 'trash').mkdir()
         deadline = time.monotonic() + seconds
         actions = ([self.add] * 12 + [self.stop_poller] * 3
-                   + [self.move_by_hand, self.cut_off, self.freeze, self.edit])
+                   + [self.move_by_hand, self.cut_off, self.freeze, self.edit, self.move_the_queue])
         while time.monotonic() < deadline:
             while len(self.live) < 3:
                 self.start_poller()
@@ -3913,8 +3931,8 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         last.wait(60)
         for poller in queue.pollers:  # but for an INT while Python itself still starts
             assert 'Traceback' not in poller.log() or re.search('KeyboardInterrupt|Fatal Python error', poller.log())
-        assert not (queue.path / 'clash').exists()
-        ended = Counter((queue.path / 'ended').read_text().split())
+        assert not (self.aside / 'clash').exists()
+        ended = Counter((self.aside / 'ended').read_text().split())
         where = {}
         for name, folder in queue.all().items():
             if name.startswith('#') or name.endswith('~'):
@@ -3922,11 +3940,12 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
             token = re.search('t[0-9]{5}', (queue.path / folder / name).read_text())[0]
             where.setdefault(token, []).append((folder, name))
         # TERM can meet a script that is about to end badly by itself: it is requeued, as what did not end well.
-        stopped = Counter(queue.out(f'{name[:-5]}.stdout')[:6] for name in queue.names('out')
-                          if name.endswith('.json') and queue.record(name[:-5]).get('stopped'))
+        # A record is empty where its poller died before it wrote it: that name is not used again.
+        records = {name[:-5]: json.loads(queue.out(name) or '{}') for name in queue.names('out') if '.json' in name}
+        stopped = Counter(queue.out(f'{name}.stdout')[:6] for name, record in records.items() if record.get('stopped'))
         for token, status in self.statuses.items():
-            if token in self.touched:
-                continue
+            if token in self.touched or queue.out(f'{where[token][0][1]}.exitcode') in ('126', '127'):
+                continue  # it is as if the person had: the queue was away when the shell looked for the script
             assert 1 <= ended[token] <= 1 + stopped[token], token
             [(folder, name)] = where[token]
             assert folder == ('fail' if status else 'complete')
@@ -3937,7 +3956,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         for name in names:
             if name.endswith('.json'):  # what was taken out of running while no poller looked has no end in its record
                 token = (queue.has_out(f'{name[:-5]}.stdout') or '')[:6]
-                assert 'finished' in queue.record(name[:-5]) or token in {*self.touched, ''}, name
+                assert 'finished' in records[name[:-5]] or token in {*self.touched, ''}, name
             else:
                 assert f'{os.path.splitext(name)[0]}.json' in names, name
         return f'{self.tokens} scripts, {self.kills} pollers stopped, {len(self.touched)} scripts touched by hand'
