@@ -1214,11 +1214,11 @@ class Claims:
             what = f'waiting {self.pool.lingers:.0f} s to see whether that uses it'
             self.pool.reasons[ident] = f'busy: {reason}: {what}'
 
-    def sign(self, ids: Iterable[Any], text: str, reason: str = '') -> None:
-        """Write into the lock files of `ids`, which we hold, what for: for others, and the `reason` to wait for us."""
+    def sign(self, ids: Iterable[Any], what: str, pid: int | None, more: str = '') -> None:
+        """Write into the lock files of `ids`, which we hold, what they are held for, for whoever waits for them."""
         for ident in ids:
-            self.pool.place(ident).write_note(self.locks[ident], text)
-            self.pool.reasons[ident] = reason
+            who = f'{user_name(os.getuid())} (pid {pid}, {self.pool.path})'
+            self.pool.place(ident).write_note(self.locks[ident], f'{what} of {who}{more}')
 
     def take_some(self, number: int, script: str = '') -> list[Any]:
         """Lock so many of the resources that are available, on as many lock files; all of them or none.
@@ -1243,19 +1243,20 @@ class Claims:
                 self._give_back()
         if len(self.kept) == number:
             ids, self.kept = [ident for ident in self.pool.all_ids() if ident in self.kept], []
+            self.pool.reasons.update(dict.fromkeys(ids, ''))
             self._may_keep(1)
             return ids
         for path in self.pool.files(self.pool.all_ids()):
             self._line(path).join()
-        which, need = f'kept for {script}', f'which needs {number}'
-        who = f'of {user_name(os.getuid())} (pid {os.getpid()}, {self.pool.path})'
-        self.sign(self.kept, f'{which} {who}, {need}', shown(f'{which}, {need}'))
+        self.sign(self.kept, f'kept for {script}', os.getpid(), f', which needs {number}')
+        self.pool.reasons.update(dict.fromkeys(self.kept, shown(f'kept for {script}, which needs {number}')))
         return []
 
     def leave(self) -> None:
         """Wait for nothing any more, and keep nothing."""
         self._give_back()
         self._may_keep(1)
+        self._wanting = ''
         for line in self._lines.values():
             line.leave()
 
@@ -1281,9 +1282,9 @@ class Claims:
                 if ask and not self.pool.is_available(ident):
                     self._ask_at[place.path] = time.monotonic() + LOOK_AROUND
                 elif place.lock(fd):
-                    place.write_note(fd, f'taken by {user_name(os.getuid())} (pid {os.getpid()})')
-                    place.asking.unlock(fd)
                     self.locks[ident] = fd
+                    self.sign([ident], f'starts {self._wanting}' if self._wanting else 'a lock', os.getpid())
+                    place.asking.unlock(fd)
                     self._line(place.path).leave()
             return ident in self.locks
         except OSError as error:
@@ -1856,19 +1857,16 @@ class News:
     def say(self, about: Hashable, text: str, pause: float = 0) -> None:
         """Log `text` unless it is what was last said about this, but for amounts, which always change.
 
-        Nor where the last `pause` after something that was said about this has not ended, in seconds. `about` is a
-        resource, a script in to_run by its name, a run by its path, or another word with a slash in it.
+        Nor is something said with a `pause` in so many seconds after the last such. `about` is a resource, a script in
+        to_run by its name, a run by its path, or another word with a slash in it.
         """
         gist = re.sub(r'[0-9.]+ ([MG]iB|scripts?)', '', text)
-        if self._said.get(about) != gist and time.monotonic() >= self._quiet_until.get(about, 0):
-            self._said[about] = gist
-            self.hush(about, pause)
-            log(text)
-
-    def hush(self, about: Hashable, pause: float) -> None:
-        """Say nothing about this for so many seconds."""
+        if self._said.get(about) == gist or (pause and time.monotonic() < self._quiet_until.get(about, 0)):
+            return
+        self._said[about] = gist
         if pause:
             self._quiet_until[about] = time.monotonic() + pause
+        log(text)
 
     def forget(self, about: Hashable) -> None:
         """Say what there is to say about this again, when it comes up again."""
@@ -2245,7 +2243,7 @@ class Poller:
                 self.news.forget((pool.kind, ident))
             elif not ids:
                 reason = pool.reasons[ident]
-                pause = HUSH if reason.startswith('busy: runs ') else 0  # on a shared box others come and go
+                pause = HUSH if re.match(r'busy: .* of \S+ \(pid', reason) else 0  # on a shared box, others come and go
                 self.news.say((pool.kind, ident), f'{self.runs.where([ident])} {reason}', pause)
         if ids:
             self.run(name, ids)
@@ -2271,8 +2269,7 @@ class Poller:
             refuse = ['/bin/sh', '-c', 'echo "$0" >&2; exit 1', refusal]
             run.launch(refuse if refusal else [*pool.wrapper, run.path], locks, environment)
             run.held = ids
-            user = user_name(os.getuid())
-            pool.claims.sign(ids, f'runs {run.name} of {user} (pid {run.shim.pid}, {self.queue.path})')
+            pool.claims.sign(ids, f'runs {run.name}', run.shim.pid)
             return True
         except OSError as error:
             if run:

@@ -525,7 +525,7 @@ def test_what_a_lock_file_says_of_an_earlier_holder_is_gone_when_it_is_locked(tm
     pool = FixedWorkerPool([0], tmp_path / 'q')
     Path(pool.place(0).path).write_text('runs old.sh of ann')
     assert pool.lock(0)
-    assert why_locked(pool.place(0).path).startswith('busy: taken by ')
+    assert why_locked(pool.place(0).path).startswith('busy: a lock of ')
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------------
@@ -2073,6 +2073,219 @@ def test_files_of_others_in_out_are_left_alone(queue):
     assert {'metrics-1.json', 'fifo-1.json', 'folder.json', 'records.json'} <= set(queue.names('out'))
 
 
+# --- Rule 8: everybody gets a turn ------------------------------------------------------------------------------------
+
+def in_turn(queues):
+    """Return the queues of the scripts that ended, as numbers, in the order in which these started."""
+    return [number for _, number in sorted((queue.record(name)['started'], number) for number, queue in
+                                           enumerate(queues) for name in queue.names('complete'))]
+
+
+@pytest.fixture
+def queues(tmp_path, gpus):
+    gpus.have(1)
+    queues = [Queue(tmp_path / f'q{n}') for n in range(4)]
+    yield queues
+    for poller in itertools.chain(*(queue.pollers for queue in queues)):
+        poller.kill()
+        poller.wait()
+
+
+@pytest.mark.parametrize('number', [2, 3])
+def test_queues_that_wait_for_a_gpu_get_it_in_turn(queues, number):
+    queues = queues[:number]
+    for queue in queues:
+        for n in range(60 if queue is queues[0] else 6):
+            queue.add(f'{n:02}', 'sleep 0.01')
+    first = queues[0].start('--exit', '1')
+    until(lambda: queues[0].names('complete'))
+    for later in [queue.start('--exit', '1') for queue in queues[1:]]:
+        assert later.wait(60) == 0
+    assert len(queues[0].names('complete')) < 50  # it had not to end first
+    order = in_turn(queues)
+    turns = [list(group) for _, group in itertools.groupby(order[order.index(1):len(order) - order[::-1].index(1)])]
+    assert statistics.median(map(len, turns)) == 1
+    first.send_signal(signal.SIGTERM)
+
+
+def test_pollers_of_one_queue_share_a_slot_in_turn(queue):
+    for n in range(24):
+        queue.add(f'{n:02}', f'echo $PPID >/dev/null; echo $POLLER >> {queue.q}/ran; sleep 0.01')
+    pollers = [queue.start('--workers', '1', env={**os.environ, 'POLLER': name}) for name in 'ab']
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    assert min(Counter((queue.path / 'ran').read_text().split()).values()) >= 6
+
+
+def test_who_waits_longest_is_first_and_is_so_no_longer_when_he_is_killed(tmp_path):
+    path = str(tmp_path / 'lock')
+    lines = [fastgpu.Line(path, fastgpu.WAITING) for _ in range(3)]
+    looker = fastgpu.open_lock(path)
+    assert not lines[0].has_others_before_us(looker)
+    lines[1].join()
+    lines[0].join()
+    assert [line.has_others_before_us(looker) for line in lines] == [True, False, True]
+    lines[1].leave()
+    assert [line.has_others_before_us(looker) for line in lines] == [False, True, True]
+    lines[1].join()  # anew, behind all
+    assert [line.has_others_before_us(looker) for line in lines] == [False, True, True]
+    os.close(lines[0].fd)
+    lines[0].fd = -1
+    assert [line.has_others_before_us(looker) for line in lines] == [True, False, True]
+
+
+def test_whose_script_just_left_a_gpu_lets_those_go_first_who_waited(gpus, tmp_path):
+    had, waits = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
+    assert had.take_some(1, 'first') == [0]
+    assert had.take_some(1, 'second') == [1]
+    assert had.take_some(1, 'third') == waits.take_some(1, 'other') == []
+    had.unlock(0)
+    assert had.take_some(1, 'third') == []
+    assert waits.take_some(1, 'other') == [0]
+    waits.leave()
+    had.unlock(1)
+    assert had.take_some(1, 'third') == [1]  # nobody else waits any more
+
+
+def test_of_two_that_need_several_gpus_one_keeps_what_it_gets_and_the_other_waits(gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastgpu, 'STEP_BACK', 0)  # each could have what is free at once
+    holder, first, second = (ResourcePoolGPU(tmp_path / name).claims for name in 'abc')
+    assert holder.take_some(2, 'both') == [0, 1]
+    assert first.take_some(2, 'first') == second.take_some(2, 'second') == []
+    holder.unlock(1)
+    assert second.take_some(2, 'second') == first.take_some(2, 'first') == []
+    assert (list(second.locks), list(first.locks)) == ([], [1])
+    holder.unlock(0)
+    assert second.take_some(2, 'second') == []
+    assert first.take_some(2, 'first') == [0, 1]
+    first.unlock(0, 1)
+    until(lambda: second.take_some(2, 'second') == [0, 1])  # within the second that it asks again
+
+
+def test_what_is_kept_for_one_script_is_not_for_the_next(gpus, tmp_path):
+    gpus.have(4)
+    holder, keeper = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
+    assert holder.take_some(1, 'a') == [0]
+    assert keeper.take_some(4, 'big') == []
+    assert list(keeper.locks) == [1, 2, 3]
+    keeper.take_some(2, 'small')
+    until(lambda: keeper.take_some(2, 'small') == [1, 2])
+    assert ResourcePoolGPU(tmp_path / 'c').lock(3)
+
+
+def test_who_waits_and_does_not_take_what_is_free_keeps_nobody_from_it(queues):
+    holder, stopped, other = queues[:3]
+    holder.add('a', holder.gate())
+    holder.start('--exit', '1')
+    holder.pid('a')
+    stopped.add('b')
+    poller = stopped.start('--exit', '1')
+    until(lambda: 'gpu 0 busy: runs a of yours' in poller.log())
+    poller.send_signal(signal.SIGSTOP)
+    for name in 'cde':
+        other.add(name)
+    late = other.start('--exit', '1')
+    until(lambda: 'gpu 0 busy: runs a of yours' in late.log())
+    holder.open_gate()
+    assert late.wait(60) == 0
+    poller.send_signal(signal.SIGCONT)
+    assert poller.wait(60) == 0
+
+
+def test_a_script_that_needs_several_gpus_is_not_starved_by_small_ones(gpus, queues):
+    gpus.have(2)
+    *streams, wants = queues[:3]
+    for queue in streams:
+        for n in range(80):
+            queue.add(f'{n:02}', 'sleep 0.1')
+    pollers = [queue.start('--exit', '1') for queue in streams]
+    until(lambda: all(queue.names('complete') for queue in streams))
+    wants.add('big.sh', '#SBATCH --gpus=2\n' + wants.gate())
+    big = wants.start('--exit', '1')
+    wants.pid('big.sh')
+    assert all(queue.names('to_run') for queue in streams)
+    wants.open_gate()
+    assert big.wait(60) == 0
+    for poller in pollers:
+        poller.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize('end', ['cancelled', 'stopped', 'killed', 'refused'])
+def test_what_is_kept_is_free_when_nobody_needs_it_any_more(gpus, queues, end):
+    gpus.have(2)
+    holder, wants, other = queues[:3]
+    holder.add('a', holder.gate())
+    holder.start('--exit', '1')
+    holder.pid('a')
+    big = wants.add('big.sh', '#SBATCH --gpus=2\n')
+    poller = wants.start('--exit', '0')
+    until(lambda: 'gpu 1 kept for big.sh, which needs 2\n' in poller.log())
+    other.add('b')
+    late = other.start('--exit', '1')
+    kept = f'kept for big.sh of yours (pid {poller.pid}, {wants.path}), which needs 2\n'
+    until(lambda: f'gpu 1 busy: {kept}' in late.log())
+    assert 'kept for big.sh of ' in status(other)[1]
+    if end == 'cancelled':
+        big.unlink()
+    elif end == 'refused':
+        big.write_text('#!/bin/sh\n#SBATCH --gpus=3\n')
+    else:
+        poller.send_signal(signal.SIGTERM if end == 'stopped' else signal.SIGKILL)
+    assert late.wait(60) == 0
+    holder.open_gate()
+
+
+def test_who_needs_several_gpus_waits_for_no_one_who_needs_other_ones(gpus, queues, monkeypatch):
+    gpus.have(4)
+    gpus.change(0, pids=[4121])
+    for queue, visible in zip(queues, ('0,1', '2,3')):
+        queue.add('big.sh', '#SBATCH --gpus=2\n')
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+        poller = queue.start('--exit', '1')
+        until(lambda poller=poller: 'kept for big.sh' in poller.log() or poller.poll() == 0)
+    assert queues[1].names('complete') == ['big.sh']
+    assert queues[0].names('to_run') == ['big.sh']
+
+
+def test_the_log_of_who_waits_tells_who_has_a_gpu_once_a_minute(queues):
+    for n in range(30):
+        queues[0].add(f'{n:02}', 'sleep 0.01')
+        queues[1].add(f'{n:02}', 'sleep 0.01')
+    pollers = [queue.start('--exit', '1') for queue in queues[:2]]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    for poller in pollers:
+        assert len(re.findall('gpu 0 busy', poller.log())) <= 1
+
+
+def test_queues_with_all_kinds_of_demands_under_kill_9_share_the_gpus_and_all_come_to_an_end(gpus, queues):
+    gpus.have(3)
+    rng, options = random.Random(os.environ.get('SEED')), [1, 2, 3, 1]
+    for queue in queues:
+        for n in range(12):
+            need = '#SBATCH --gpus=2\n' * (rng.random() < 0.2)
+            queue.add(f'{n:02}', f'{need}date +%s.%N; sleep {rng.random() / 10:.2f}; date +%s.%N')
+    live = {}
+    deadline = time.monotonic() + 60
+    while any(queue.names('to_run') + queue.names('running') for queue in queues):
+        assert time.monotonic() < deadline
+        for queue, number in zip(queues, options):
+            if queue not in live or live[queue].poll() is not None:
+                live[queue] = queue.start('--exit', '1', '--per-gpu', str(number))
+        time.sleep(rng.random() / 5)
+        if time.monotonic() < deadline - 54:
+            live[rng.choice(queues)].kill()
+    uses = {}  # of each GPU: when it began and ended, and how many its poller lets share it
+    for queue, number in zip(queues, options):
+        assert len(queue.names('complete')) == 12
+        for name in queue.names('complete'):
+            began, ended = map(float, queue.out(f'{name}.stdout').split())
+            for ident in queue.record(name)['ids']:
+                uses.setdefault(str(ident)[0], []).append((began, ended, number))
+    for of_one in uses.values():
+        for began, *_ in of_one:
+            at_once = [use for use in of_one if use[0] <= began < use[1]]
+            assert len(at_once) <= min(other for _, _, other in at_once), at_once
+
+
 # --- Pools: stopping in order -----------------------------------------------------------------------------------------
 
 TRAP = 'trap "echo saved; exit {}" TERM; echo ready; while :; do sleep 0.01; done'
@@ -3153,7 +3366,7 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     one.unlock(0)
     assert two.lock_next() == 0
     assert one.lock_next() is None
-    assert re.fullmatch(rf'busy: taken by {USER} \(pid {os.getpid()}\)', one.reasons[0])
+    assert re.fullmatch(rf'busy: a lock of yours \(pid {os.getpid()}\)', one.reasons[0])
     gpus.change(0, used=7000)
     assert two.lock_next() is None
     assert four.lock_next() == '0.1'
@@ -3188,25 +3401,29 @@ def test_run_refuses_a_gpu_that_another_poller_asks_for(gpus, queue):
 
 def test_who_only_asks_does_not_make_a_busy_gpu_seem_shared(gpus, tmp_path):
     gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
-    asking, other = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=2) for n in (1, 2))
+    class Asking(ResourcePoolGPU):
+        def is_available(self, ident):
+            return while_asked.append(other.lock_next())
+
+    asking, other = (kind(tmp_path / f'q{n}', per_gpu=2) for n, kind in enumerate((Asking, ResourcePoolGPU)))
     while_asked = []
-    assert not asking._take(0, lambda ident: while_asked.append(other.lock_next()))
+    assert asking.lock_next() is None
     assert while_asked == [None]
 
 
 def test_no_query_can_make_a_gpu_without_scripts_seem_shared(gpus, tmp_path):
     gpus.set({'uuid': A, 'total': 10240})
-    first, asking, late = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=3) for n in range(3))
+    class Asking(ResourcePoolGPU):
+        def is_available(self, ident):  # meanwhile the script ends and somebody else comes
+            first.unlock(0)
+            gpus.change(0, used=3000, pids=[4121])
+            got.append(late.lock_next())
+
+    first, late = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=3) for n in range(2))
     assert first.lock_next() == 0
     got = []
-
-    def meanwhile(ident):  # the script ends and somebody else comes, while another poller asks about a further place
-        first.unlock(0)
-        gpus.change(0, used=3000, pids=[4121])
-        got.append(late.lock_next())
-
-    asking._take('0.1', meanwhile)
-    assert [*got, late.lock_next()] == [None, None]
+    assert Asking(tmp_path / 'q', per_gpu=3).lock_next() is None
+    assert {*got, late.lock_next()} == {None}
 
 
 def test_status_sees_a_further_place_on_a_gpu_as_a_poller_does(gpus, queue):
@@ -4104,6 +4321,55 @@ def pick_up(queue, fresh):
     return float(until(lambda: queue.has_out(f'{name}.stdout'))) - moved
 
 
+def turns(path, number, seconds, mixed=False, streams=(), options=((),)):
+    """Let so many queues with one poller each share the GPUs for a while; return what share of the GPU time each had,
+    as a multiple of an even one, and for how many seconds a GPU was idle from one script to the next.
+
+    With `options`, each poller has its own in turn; `streams` are lines for the first script of each further queue.
+    """
+    queues = [Queue(path / f'turn-{time.monotonic_ns()}-{n}') for n in range(number)]
+    for queue in queues:
+        rng = random.Random(1)  # the same mixture for each
+        for n in range(int(seconds / 0.2) + 9):
+            queue.add(f'{n:04}.sh', f'sleep {0.1 + 1.9 * rng.random() if mixed else 0.2:.2f}')
+    began = time.time()
+    pollers = [queue.start('--exit', '0', *some) for queue, some in zip(queues, itertools.cycle(options))]
+    time.sleep(seconds)
+    for poller in pollers:
+        poller.send_signal(signal.SIGTERM)
+    for poller in pollers:
+        poller.wait()
+    runs = [[record for name in queue.names('complete') for record in [queue.record(name)]] for queue in queues]
+    times = [sum(record['finished'] - record['started'] for record in records) for records in runs]
+    by_gpu = {}
+    for record in sorted(itertools.chain(*runs), key=lambda record: record['started']):
+        by_gpu.setdefault(record['ids'][0], []).append(record)
+    gaps = [later['started'] - record['finished'] for records in by_gpu.values()
+            for record, later in zip(records, records[1:])]
+    assert began < min(record['started'] for records in runs for record in records)
+    return [used / (sum(times) / number) for used in times], statistics.mean(gaps)
+
+
+def wait_for_several(path, need):
+    """Return the seconds for which a script waits for so many of four GPUs beside four streams of small ones."""
+    folder = path / f'several-{time.monotonic_ns()}'
+    folder.mkdir()
+    streams = [Queue(folder / f'{n}') for n in range(4)]
+    rng = random.Random(need)
+    for queue, n in itertools.product(streams, range(60)):
+        queue.add(f'{n}', f'sleep {0.1 + 1.9 * rng.random():.2f}')
+    pollers = [queue.start('--exit', '0') for queue in streams]
+    until(lambda: all(queue.names('complete') for queue in streams))
+    wants = Queue(folder / 'wants')
+    wants.add('big', f'#SBATCH --gpus={need}')
+    began = time.time()
+    assert wants.poll('--exit', '1')[0] == 0
+    for poller in pollers:
+        poller.send_signal(signal.SIGTERM)
+        poller.wait()
+    return wants.record('big')['started'] - began
+
+
 def median(measure, *args):
     """Return the median of five measurements."""
     return statistics.median(measure(*args) for _ in range(5))
@@ -4155,6 +4421,15 @@ def test_bench(gpus, tmp_path, monkeypatch, capsys):
             gpus.have(number)
             figures[number] = median(lambda: stretch(bench.scripts(640, '#!/bin/sh\n'), 640, '--exit', '1')[0])
         bench.row('cost per script, 64 GPUs', figures[64], 1.5 * figures[2], 'ms', {'2 GPUs': figures[2]})
+
+        print(f'\n{"Turns, for 60 s":44}{"least":>9} {"most":>9} share, as a multiple of an even one; s to hand over')
+        for number, have, mixed in itertools.product((1, 2, 3, 5), (1, 4), (False, True)):
+            gpus.have(have)
+            shares, gap = turns(tmp_path, number, 60, mixed)
+            what = f'{number} queues, {have} GPUs, {"0.1 to 2 s" if mixed else "0.2 s"}'
+            print(f'{what:44}{min(shares):9.2f} {max(shares):9.2f} {gap:.3f}')
+        for need in 2, 4:
+            print(f'{need} GPUs beside four streams, 2 s at most: {median(wait_for_several, tmp_path, need):.1f} s')
 
         imports, help = [sys.executable, '-c', 'import argparse, subprocess, json'], [*INSTALLED, '--help']
         figures = [[], []]
