@@ -769,16 +769,12 @@ class Record(dict[str, Any]):
         super().__init__()
         self.place = Place(path)
         self.fd = -1
-        self.is_new = False  # whether we made it, or took it over from who never used it
 
     def create(self) -> bool:
-        """Make the file, and lock it; return False where it was there before. Raises OSError."""
-        try:
+        """Make the file; return False where there was one before. Raises OSError."""
+        with contextlib.suppress(FileExistsError):
             self.fd = os.open(self.place.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return False
-        self.is_new = True
-        return self.place.lock(self.fd)
+        return self.fd >= 0
 
     def open(self) -> None:
         """Open the file, and read it as it is now. Raises OSError where there is none, or no file: a link, a FIFO."""
@@ -959,12 +955,10 @@ class Run:
         too_long = len(os.fsencode(self.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
         if too_long > 0:
             raise FastgpuError(f'its name is too long, by {too_long} bytes')
-        if self.is_taken():
+        if self.is_taken() or not self.record.create():
             return False
         try:
-            if not (self.record.create() or self.take_over()):
-                self.record.close()
-                return False
+            self.record.place.lock(self.record.fd)
             self.record.update(script=script, **self.queue.here, kind=kind)
             # As they will be read again.
             self.record['ids'] = [ident if isinstance(ident, (str, int, float)) else str(ident) for ident in ids]
@@ -975,23 +969,11 @@ class Run:
         except BaseException as error:
             # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
             if not (isinstance(error, FileNotFoundError) and os.path.lexists(self.path)):
-                if self.record.is_new:
-                    self.unclaim()
+                self.unclaim()
                 if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
                     raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
                 raise
         return True
-
-    def take_over(self) -> bool:
-        """Lock a record that is there already, if its poller died here before it moved the script, and empty it."""
-        with contextlib.suppress(OSError):  # a folder or a FIFO, or just removed
-            self.record.open()
-            record = self.record
-            if (record.place.lock(record.fd) and record.is_of(self.queue.here)
-                    and not record.keys() & {'pid', 'finished'} and not self.is_taken()):
-                self.record.clear()
-                self.record.is_new = True
-        return self.record.is_new
 
     def unclaim(self) -> None:
         """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""

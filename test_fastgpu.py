@@ -127,12 +127,6 @@ class Queue:
         for name in '!1', '!2':
             (self.path / 'to_run' / name).unlink()
 
-    def let_empty_records_age(self):
-        """Make what a crash left of a record as old as it is a minute later, when it is known for that."""
-        for record in (self.path / 'out').glob('*.json'):
-            if record.stat().st_size == 0:
-                os.utime(record, (1, 1))
-
     def names(self, folder):
         return sorted(os.listdir(self.path / folder))
 
@@ -151,7 +145,8 @@ class Queue:
         return (self.path / 'out' / name).exists() and self.out(name)
 
     def record(self, name):
-        return json.loads(self.out(f'{name}.json'))
+        with open(self.path / 'out' / f'{name}.json', 'rb', 0) as file:  # in one read: it may be written to just now
+            return json.loads(file.read(1 << 16))
 
     def pid(self, name):
         """Return the pid of the shim of a run, when it is recorded: the script may already run before that."""
@@ -949,7 +944,6 @@ def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, s
             queue.add(f'{name}.sh', f'echo run >> {queue.q}/{name}; echo whole; {body}')
         crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
         code = crashing.wait(30)
-        queue.let_empty_records_age()
         if code != -signal.SIGKILL:
             break
         queue.poll('--workers', '1')
@@ -962,7 +956,8 @@ def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, s
         for name in queue.all():
             assert queue.out(f'{name}.exitcode') == ('3' if body == 'exit 3' else '137')
             assert queue.out(f'{name}.stdout') == 'whole\n'
-        assert all('finished' in queue.record(name[:-5]) for name in queue.names('out') if name.endswith('.json'))
+        records = [name[:-5] for name in queue.names('out') if name.endswith('.json')]
+        assert all('finished' in queue.record(name) for name in records if queue.has_out(f'{name}.stdout')), number
         assert FixedWorkerPool([0], queue.path).find_next() == 0
     assert code == 1
     assert number > 24
@@ -1179,7 +1174,7 @@ def test_two_pollers_run_200_scripts_once_each(queue):
     assert len(queue.names('out')) == 800
 
 
-def test_a_claim_is_taken_over_when_its_poller_is_dead_and_not_before(queue):
+def test_two_claims_of_one_name_are_two_runs(queue):
     queue.add('a.sh')
     first, second = (FixedWorkerPool([0], queue.path).queue for _ in range(2))
     run = first.claim('a.sh', 'worker', [0])
@@ -1187,9 +1182,6 @@ def test_a_claim_is_taken_over_when_its_poller_is_dead_and_not_before(queue):
     other = second.claim('a.sh', 'worker', [0])
     assert (run.name, other.name) == ('a.sh', 'a-1.sh')
     other.unclaim()
-    assert queue.names('out') == ['a.sh.json']
-    run.record.close()
-    assert second.claim('a.sh', 'worker', [0]).name == 'a.sh'
     assert queue.names('out') == ['a.sh.json']
 
 
@@ -1638,7 +1630,7 @@ def test_a_pool_keeps_what_its_user_had_locked_before_it_polled(queue):
 
 # --- Rule 5: nothing goes stale ---------------------------------------------------------------------------------------
 
-def test_a_crash_before_the_rename_leaves_nothing(queue):
+def test_a_crash_before_the_rename_costs_no_more_than_the_name(queue):
     pool = FixedWorkerPool([0], queue.path)
     queue.add('a.sh', 'echo once')
     if os.fork() == 0:
@@ -1648,8 +1640,8 @@ def test_a_crash_before_the_rename_leaves_nothing(queue):
     assert queue.names('out') == ['a.sh.json']
     assert queue.all() == {'a.sh': 'to_run'}
     assert queue.poll()[0] == 0
-    assert queue.all() == {'a.sh': 'complete'}
-    assert queue.out('a.sh.stdout') == 'once\n'
+    assert queue.all() == {'a-1.sh': 'complete'}
+    assert queue.out('a-1.sh.stdout') == 'once\n'
 
 
 def test_a_crash_between_rename_and_launch_puts_the_script_back(queue):
@@ -3366,7 +3358,7 @@ def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     one.unlock(0)
     assert two.lock_next() == 0
     assert one.lock_next() is None
-    assert re.fullmatch(rf'busy: a lock of yours \(pid {os.getpid()}\)', one.reasons[0])
+    assert re.fullmatch(rf'busy: a lock of yours \(pid {os.getpid()}, .*\)', one.reasons[0])
     gpus.change(0, used=7000)
     assert two.lock_next() is None
     assert four.lock_next() == '0.1'
@@ -4143,7 +4135,6 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
 
     def check(self):
         queue = self.queue
-        queue.let_empty_records_age()
         last = queue.start('--exit', '1')
         last.wait(60)
         for poller in queue.pollers:  # but for an INT while Python itself still starts
