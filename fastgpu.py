@@ -76,6 +76,7 @@ JUST_WRITTEN = 0.1  # seconds in which a file that was written to may still be b
 LOOK_AROUND = 1.0   # seconds between two looks at the runs of others
 OVERDUE = 3.0       # seconds after which whoever should have filed a script that ended is taken to be dead
 STEP_BACK = 0.25    # seconds for which what is free is left to who has waited longer
+KEPT = 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH', 'VIRTUAL_ENV', 'CONDA_PREFIX'  # where programs and libraries are
 HUSH = 60.0         # seconds between two lines on why the same resource is not free
 GRACE = 10.0        # seconds that a script has between TERM and KILL
 
@@ -414,8 +415,6 @@ class Queue:
             setup_dirs(self.path)
             check_usable(self.folders)
             self._identity = [os.stat(folder) for folder in (self.path, self.to_run, self.running)]
-        elif self.is_new:
-            raise FastgpuError(f'{shown(self.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
 
     def check_is_there(self) -> None:
         """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since we saw it first."""
@@ -1850,6 +1849,16 @@ class News:
             self._quiet_until[about] = time.monotonic() + pause
         log(text)
 
+    def tell_why(self, pool: ResourcePoolBase, where: Callable[[list[Any]], str]) -> None:
+        """Say why each resource of the `pool` is not free, once a minute where that is who has it: they come and go."""
+        for ident in pool.all_ids():
+            reason = pool.reasons.get(ident)
+            if reason:
+                pause = HUSH if re.match(r'busy: .* of \S+ \(pid', reason) else 0
+                self.say((pool.kind, ident), f'{where([ident])} {reason}', pause)
+            else:
+                self.forget((pool.kind, ident))
+
     def forget(self, about: Hashable) -> None:
         """Say what there is to say about this again, when it comes up again."""
         self._said.pop(about, None)
@@ -2220,21 +2229,18 @@ class Poller:
         if self.signals:  # a driver can take seconds for its answers
             pool.unlock(*ids)
             return False
-        for ident in pool.all_ids():
-            if not pool.reasons.get(ident):
-                self.news.forget((pool.kind, ident))
-            elif not ids:
-                reason = pool.reasons[ident]
-                pause = HUSH if re.match(r'busy: .* of \S+ \(pid', reason) else 0  # on a shared box, others come and go
-                self.news.say((pool.kind, ident), f'{self.runs.where([ident])} {reason}', pause)
+        for ident in ids:
+            self.news.forget((pool.kind, ident))
         if ids:
             self.run(name, ids)
-        elif number > 1:
+            return True
+        self.news.tell_why(pool, self.runs.where)
+        if number > 1:
             usable = len(pool.files(ident for ident in pool.all_ids()
                                     if not pool.reasons.get(ident, '').startswith('unusable')))
             what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
             self.news.say(name, f'{shown(name)} waits for {what}, and all behind it wait too')
-        return bool(ids)
+        return False
 
     def run(self, script: StrPath, ids: Sequence[Any], refusal: str = '') -> bool:
         """Do what `ResourcePoolBase.run` says; with a `refusal` a shell that prints that and fails in its place."""
@@ -2341,6 +2347,8 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
     """
     queue = pool.queue
+    if queue.is_new:
+        raise FastgpuError(f'{shown(queue.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
     waiting = scripts_in(queue.to_run)
     names = {folder.name: names_in(folder) if folder.exists() else []  # before the first poller made them
              for folder in (queue.running, queue.complete, queue.fail)}
@@ -2427,6 +2435,20 @@ def screen(status: dict[str, Any]) -> str:
 
 # --- Command --------------------------------------------------------------------------------------------------------
 
+USAGE = """\
+cancel: rm or mv the script, in to_run or in running     hold: chmod -x it
+run again: mv fail/NAME to_run/                          order: by name
+output: out/NAME.stdout, out/NAME.stderr, out/NAME.exitcode, live
+Ctrl-C once: start nothing more and wait for what runs; twice: stop that too,
+what did not end well goes back to to_run; kill -9 stops no script
+exit status: 0 all ended well, 1 a script failed or was left in to_run,
+2 wrong use or no GPUs, 128+N stopped by signal N; of --run that of CMD
+example: fastgpu_poll --add <commands.txt && fastgpu_poll"""
+MODES = {'add': ['path', 'gpus'], 'run': ['gpus', 'max_used', 'per_gpu'],
+         'status': ['path', 'json', 'workers', 'max_used', 'per_gpu'],
+         'poll': ['path', 'exit', 'workers', 'wrapper', 'max_used', 'per_gpu']}  # and the options that each has
+
+
 def positive(text: str) -> int:
     """Return the number in `text`; raise argparse.ArgumentTypeError where it is none from 1 to 9999."""
     if not re.fullmatch('0*[1-9][0-9]{0,3}', text):
@@ -2452,72 +2474,47 @@ def words(text: str) -> list[str]:
     return command
 
 
-def add_scripts(path: StrPath, commands: Iterable[bytes]) -> list[str]:
-    """Put a script into to_run for each line of `commands`, blank ones and comments left out; return their names.
-
-    They are called job-000001.sh and so on, numbered after all such that the queue knows, and run in the folder that
-    is the current one now. Raises FastgpuError for a line that cannot be a script, before anything is put there, and
-    where only some could be; OSError where there is no queue.
-    """
-    queue = Queue(path)
-    lines = [line.strip() for line in commands]
-    lines = [line for line in lines if line and not line.startswith(b'#')]
-    for line in lines:
-        if b'\0' in line:
-            raise FastgpuError(f'no script can hold a NUL byte: {shown(os.fsdecode(line))[:60]}')
-    names: list[str] = []
-    lock = os.open(queue.to_run, os.O_RDONLY)
-    draft = queue.to_run / f'.job-{queue.host}-{os.getpid()}'
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time, so that the lines of one stay together
-        taken = [int(match[1]) for folder in queue.folders for name in os.listdir(folder)
-                 if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
-        for number, line in enumerate(lines, max(taken, default=0) + 1):
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
-                file.write(os.fsencode(f'#!/bin/sh\ncd {shlex.quote(os.getcwd())} || exit\n') + line + b'\n')
-            names.append(safe_rename(draft, queue.to_run, f'job-{number:06}.sh').name)
-    except (OSError, KeyboardInterrupt) as error:
-        why = explain(error) if isinstance(error, OSError) else 'interrupted'
-        done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
-        raise FastgpuError(f'of {count(len(lines), "command")} {done} could be added: {why}') from None
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        os.close(lock)
-    return names
-
-
 def parse(args: list[str] | None) -> argparse.Namespace:
-    """Return the options in `args` (default: those of the process). Raises SystemExit where that is all to be done."""
-    parser = argparse.ArgumentParser(
-        prog='fastgpu_poll', description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.',
-        epilog='example: fastgpu_poll --add <commands.txt && fastgpu_poll', allow_abbrev=False)
-    parser.add_argument('--path', default='.', help='Path containing `to_run` directory (default: current directory)')
-    parser.add_argument('--exit', type=int, default=1, choices=(0, 1), metavar='EXIT',
-                        help='Exit when `to_run` is empty: 1, or wait for more: 0 (default: 1)')
-    parser.add_argument('--workers', type=positive, metavar='N', help='Use N plain slots instead of GPUs')
-    parser.add_argument('--max-used', type=amount, default=1024, metavar='MIB',
-                        help='A GPU with more MiB in use is busy (default: 1024)')
-    parser.add_argument('--per-gpu', type=positive, default=1, metavar='N',
-                        help='Run up to N scripts on a GPU (default: 1)')
-    parser.add_argument('--wrapper', type=words, default=[], metavar='CMD',
-                        help="Words to put before each script's path, as 'timeout 4h'")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument('--add', action='store_true', help='Make a script of each line of standard input, and exit')
-    instead.add_argument('--status', action='store_true', help='Show what runs and what waits, and exit')
-    parser.add_argument('--json', action='store_true', help='With --status: as JSON')
-    parser.add_argument('--version', action='version', version=f'fastgpu {__version__}')
+    """Return the options in `args` (default: those of the process), and which of the MODES they ask for as `mode`.
+
+    Raises SystemExit where that is all to be done.
+    """
+    parser = argparse.ArgumentParser(prog='fastgpu_poll', allow_abbrev=False, epilog=USAGE,
+                                     description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.',
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage='%(prog)s [options] [--status | --add [CMD ...] | --run CMD ...]')
+    submit, polling, gpus = map(parser.add_argument_group, ('submit and see', 'poll', 'GPUs'))
+    add = submit.add_argument
+    add('--path', default='.', help='Path containing `to_run` directory (default: .)')
+    add('--add', nargs=argparse.REMAINDER, metavar='CMD', help='Make CMD a script, or each line of standard input')
+    add('--run', nargs=argparse.REMAINDER, metavar='CMD', help='Become CMD when a GPU is free: here and now')
+    add('--gpus', type=positive, default=1, metavar='N', help='For these two: how many GPUs CMD needs (1)')
+    add('--status', action='store_true', help='Show what runs and what waits, and exit')
+    add('--json', action='store_true', help='With --status: as JSON')
+    add('--version', action='version', version=f'fastgpu {__version__}')
+    add = polling.add_argument
+    add('--exit', type=int, default=1, choices=(0, 1), help='Exit when `to_run` is empty: 1, or wait for more: 0 (1)')
+    add('--workers', type=positive, metavar='N', help='Use N plain slots instead of GPUs')
+    add('--wrapper', type=words, default=[], metavar='CMD', help="Put CMD before each script, as 'timeout 4h'")
+    add = gpus.add_argument
+    add('--max-used', type=amount, default=1024, metavar='MIB', help='A GPU with more MiB in use is busy (1024)')
+    add('--per-gpu', type=positive, default=1, metavar='N', help='Run up to N scripts on a GPU (1)')
     options, unknown = parser.parse_known_args(args)
+    given = [mode for mode in MODES if getattr(options, mode, None) not in (None, False)]
+    if len(given) > 1:
+        parser.error(f'--{given[0]} and --{given[1]} are two things: do one after the other')
+    options.mode = (*given, 'poll')[0]
     for word in unknown[:1]:
         parser.error(f'{word!r} is no option{what_was_meant(word, list(vars(options)))}')
-    if options.json and not options.status:
-        parser.error('--json is for --status')
-    idle = {'add': ('exit', 'workers', 'max_used', 'per_gpu', 'wrapper'), 'status': ('exit', 'wrapper')}
-    for mode, names in idle.items():
-        for name in names:
-            if getattr(options, mode) and getattr(options, name) != parser.get_default(name):
-                parser.error(f'--{name.replace("_", "-")} does nothing with --{mode}: '
-                             'it is for the fastgpu_poll that runs the scripts')
+    for name in sorted(set().union(*MODES.values()) - set(MODES[options.mode])):
+        if getattr(options, name) != parser.get_default(name):
+            place = '' if options.mode == 'poll' else f' with --{options.mode}'
+            users = ' and '.join(f'--{mode}' if mode != 'poll' else 'the fastgpu_poll that runs the scripts'
+                                 for mode, names in MODES.items() if name in names)
+            parser.error(f'--{name.replace("_", "-")} does nothing{place or " here"}: it is for {users}')
+    first = (options.add or options.run or [''])[0]
+    if first.startswith('-') or options.run == []:
+        parser.error(f'--{options.mode} takes a command' + (f': put {first} before --{options.mode}' if first else ''))
     return options
 
 
@@ -2527,10 +2524,7 @@ def what_was_meant(word: str, options: list[str]) -> str:
     if os.path.isdir(word):
         return f': did you mean --path {word}?'
     if not word.startswith('-'):
-        return ': a script goes into to_run (mv or cp), a command into the standard input of --add'
-    if word.startswith('--gpus'):
-        return (': a script asks for several GPUs by a line "#SBATCH --gpus=2", and CUDA_VISIBLE_DEVICES=0,1 limits '
-                'fastgpu_poll to some')
+        return ': a script goes into to_run (mv or cp), a command behind --add or --run'
     close = difflib.get_close_matches(word.split('=')[0], [f'--{name.replace("_", "-")}' for name in options], 1)
     return f': did you mean {close[0]}?' if close else ''
 
@@ -2551,6 +2545,62 @@ def check_path(path: str) -> None:
         raise FastgpuError(shown(f'{path} is a folder of a queue: give its --path, {shlex.quote(folder)}'))
 
 
+def title(command: str) -> str:
+    """Return what tells a `command` from others, for the name of a file: its words without paths, quotes and dashes."""
+    text = re.sub(r'[^\s=]*/', '', command.replace('"', '').replace("'", ''))
+    return re.sub('[^A-Za-z0-9._]+', '-', re.sub(r'^\s*python[0-9.]*\s', '', text)).strip('-.')[:40].strip('-.')
+
+
+def add_scripts(path: StrPath, commands: Sequence[str], gpus: int = 1) -> list[str]:
+    """Put a script into to_run for each of the `commands`; return their names, job-000001-COMMAND.sh and so on.
+
+    Numbers are never given twice. They run in the folder that is the current one now, with its programs and libraries:
+    what of the environment says where these are is written into them. Raises FastgpuError for what cannot be a script,
+    before anything is put there, and where only some could be; OSError where there is no queue.
+    """
+    queue = Queue(path)
+    names: list[str] = []
+    for command in commands:
+        if '\0' in command:
+            raise FastgpuError(f'no script can hold a NUL byte: {shown(command)[:60]}')
+    kept = [f'{name}={shlex.quote(os.environ[name])}' for name in KEPT if name in os.environ]
+    head = '#!/bin/sh\n' + f'#SBATCH --gpus={gpus}\n' * (gpus > 1) + f'cd {shlex.quote(os.getcwd())} || exit\n'
+    head += f'export {" ".join(kept)}\n' * bool(kept)
+    draft = queue.to_run / f'.job-{queue.host}-{os.getpid()}'
+    last = os.fdopen(open_lock(f'{queue.path}/.job.lock'), 'r+', errors='replace')  # the number that was given last
+    try:
+        fcntl.flock(last, fcntl.LOCK_EX)  # one at a time, so that the commands of one stay together
+        numbers = re.findall('^[0-9]{1,9}', last.read(9)) + [
+            match[1] for folder in queue.folders for name in os.listdir(folder)
+            if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
+        for number, command in enumerate(commands, max(map(int, numbers), default=0) + 1):
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
+                file.write(os.fsencode(f'{head}{command}\n'))
+            os.pwrite(last.fileno(), b'%09d' % number, 0)
+            name = f'job-{number:06}-{title(command)}'.rstrip('-')
+            names.append(safe_rename(draft, queue.to_run, f'{name}.sh').name)
+    except (OSError, KeyboardInterrupt) as error:
+        why = explain(error) if isinstance(error, OSError) else 'interrupted'
+        done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
+        raise FastgpuError(f'of {count(len(commands), "command")} {done} could be added: {why}') from None
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        last.close()
+    return names
+
+
+def read_commands() -> list[str]:
+    """Return the lines of standard input, blank ones and comments left out; one that ends in a backslash goes on."""
+    if not sys.stdin:
+        return []
+    if sys.stdin.isatty():
+        write(sys.stderr, 'commands, one a line, to the end of the file (Ctrl-D):\n')
+    text = re.sub(r'(?<!\\)((\\\\)*)\\\n', r'\1', os.fsdecode(sys.stdin.buffer.read()))
+    lines = [line.strip() for line in text.split('\n')]
+    return [line for line in lines if line and not line.startswith('#')]
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the command with `args` (default: those of the process) and return its exit status."""
     status, text = 0, ''
@@ -2560,13 +2610,16 @@ def main(args: list[str] | None = None) -> int:
     try:
         options = parse(args)
         check_path(options.path)
-        if options.add:
-            text = ''.join(f'{shown(name)}\n' for name in read_commands(options.path))
-        elif options.status:
+        if options.mode == 'add':
+            commands = [shlex.join(options.add)] if options.add else read_commands()
+            text = ''.join(f'{shown(name)}\n' for name in add_scripts(options.path, commands, options.gpus))
+            if not commands:
+                write(sys.stderr, 'fastgpu_poll: nothing to add: no commands on standard input\n')
+        elif options.mode == 'status':
             seen = look_at_queue(find_pool(options, only_look=True))
             text = (json.dumps(seen, default=str, indent=1) if options.json else screen(seen)) + '\n'
         else:
-            status = poll(options)
+            status = become(options) if options.mode == 'run' else poll(options)
     except SystemExit as error:  # of argparse
         status = int(error.code or 0)
     except KeyboardInterrupt:
@@ -2580,16 +2633,6 @@ def main(args: list[str] | None = None) -> int:
         write(sys.stderr, f'fastgpu_poll: standard output: {problem}\n')
     write(sys.stderr, '')  # what argparse left in its buffer
     return status
-
-
-def read_commands(path: str) -> list[str]:
-    """Add a script for each line of standard input; return their names."""
-    if sys.stdin and sys.stdin.isatty():
-        write(sys.stderr, 'commands, one a line, to the end of the file (Ctrl-D):\n')
-    names = add_scripts(path, sys.stdin.buffer if sys.stdin else [])
-    if not names:
-        write(sys.stderr, 'fastgpu_poll: nothing to add: no commands on standard input\n')
-    return names
 
 
 def poll(options: argparse.Namespace) -> int:
@@ -2609,14 +2652,39 @@ def poll(options: argparse.Namespace) -> int:
         return 1
 
 
+def become(options: argparse.Namespace) -> int:
+    """Wait until GPUs are free, and become the command of --run, which then holds them; return why that failed."""
+    name = options.run[0]
+    if not shutil.which(name):
+        write(sys.stderr, f'fastgpu_poll: there is no command {shown(name)}\n')
+        return 127
+    pool, news = find_pool(options, only_look=True), News()
+    most = len(pool.files(pool.all_ids()))
+    if options.gpus > most:
+        raise FastgpuError(f'--gpus {options.gpus}, and there {"are" if most != 1 else "is"} {most}')
+    while not (ids := pool.claims.take_some(options.gpus, os.path.basename(name))):
+        news.tell_why(pool, lambda ids: f'{pool.kind} {",".join(map(pool.label, ids))}')
+        time.sleep(0.1)
+    pool.claims.sign(ids, f'runs {os.path.basename(name)}', os.getpid())
+    for fd in pool.claims.lend(*ids):
+        os.set_inheritable(fd, True)
+    for signum in signal.SIGPIPE, signal.SIGXFSZ:  # which Python ignores, and exec would not change that
+        signal.signal(signum, signal.SIG_DFL)
+    try:
+        os.execvpe(name, options.run, {**os.environ, **pool.environment(*ids)})
+    except OSError as error:
+        write(sys.stderr, f'fastgpu_poll: {explain(error)}\n')
+    return 126
+
+
 def find_pool(options: argparse.Namespace, only_look: bool = False) -> ResourcePoolBase:
-    """Return the pool that the options ask for; without GPUs, one to `only_look` at what runs."""
+    """Return the pool that the options ask for; for --status without GPUs, one to see what runs."""
     if options.workers:
         return FixedWorkerPool(range(options.workers), options.path, only_look)
     try:
         return ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look)
     except FastgpuError:
-        if only_look:
+        if options.mode == 'status':
             return FixedWorkerPool([], options.path, only_look)
         raise
 

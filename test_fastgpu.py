@@ -2275,7 +2275,8 @@ def test_queues_with_all_kinds_of_demands_under_kill_9_share_the_gpus_and_all_co
     for of_one in uses.values():
         for began, *_ in of_one:
             at_once = [use for use in of_one if use[0] <= began < use[1]]
-            assert len(at_once) <= min(other for _, _, other in at_once), at_once
+            numbers = [number for _, _, number in at_once]  # 1 is for all of it; of others, each has a place
+            assert len(at_once) <= (1 if 1 in numbers else max(numbers)), at_once
 
 
 # --- Pools: stopping in order -----------------------------------------------------------------------------------------
@@ -3718,14 +3719,20 @@ def test_status_of_edited_records_is_no_traceback(queue):
     (['--worker=2'], "'--worker=2' is no option: did you mean --workers?"),
     (['.'], "'.' is no option: did you mean --path .?"),
     (['--path=~/q'], 'fastgpu_poll: ~/q: there is no such folder; a shell takes ~ for your home only after a space'),
-    (['train.py'], "'train.py' is no option: a script goes into to_run (mv or cp), a command into the standard input"),
-    (['--gpus', '2'], "'--gpus' is no option: a script asks for several GPUs by a line \"#SBATCH --gpus=2\", and"),
-    (['--add', '--wrapper', 'nice'], '--wrapper does nothing with --add: it is for the fastgpu_poll that runs the '),
-    (['--add', '--per-gpu', '2'], '--per-gpu does nothing with --add: '),
+    (['train.py'], "'train.py' is no option: a script goes into to_run (mv or cp), a command behind --add or --run"),
+    (['--gpus', '2'], '--gpus does nothing here: it is for --add and --run\n'),
+    (['--wrapper', 'nice', '--add'], '--wrapper does nothing with --add: it is for the fastgpu_poll that runs the '),
+    (['--per-gpu', '2', '--add'], '--per-gpu does nothing with --add: it is for --run and --status and the '),
+    *[([*options, '--run', 'true'], f'{options[0]} does nothing with --run: ') for options in
+      (['--path', '/'], ['--exit', '0'], ['--workers', '2'], ['--wrapper', 'nice'], ['--json'])],
+    (['--run'], '--run takes a command\n'),
+    (['--run', '--gpus', '2', 'true'], '--run takes a command: put --gpus before --run\n'),
+    (['--gpus', '0', '--run', 'true'], "argument --gpus: not a whole number from 1 to 9999: '0'"),
     (['--status', '--exit', '0'], '--exit does nothing with --status: '),
     (['--path', ''], 'an empty --path: there is no such folder'),
-    (['--add', '--status'], 'argument --status: not allowed with argument --add'),
-    (['--json'], '--json is for --status'),
+    (['--add', '--status'], '--add takes a command: put --status before --add'),
+    (['--status', '--add'], '--add and --status are two things: do one after the other'),
+    (['--json'], '--json does nothing here: it is for --status'),
 ])
 def test_wrong_options_are_named(args, words):
     run = subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True)
@@ -3890,17 +3897,72 @@ def test_add_makes_a_script_of_each_line_which_runs_where_it_was_called(queue, t
     folder.mkdir()
     lines = [b'pwd; exit 3', b'', b'  # comment', b'  echo "a  b" \'$HOME\' | tr a-z A-Z  \r',
              b'echo \xff `echo %s`', b'echo "', b'#!not an interpreter', b'exec false']
-    assert added(queue, b'\n'.join(lines), folder) == (0, [f'job-00000{n}.sh' for n in range(1, 6)], '')
+    names = ['job-000001-pwd-exit-3.sh', 'job-000002-echo-a-b-HOME-tr-a-z-A-Z.sh', 'job-000003-echo-echo-s.sh',
+             'job-000004-echo.sh', 'job-000005-exec-false.sh']
+    assert added(queue, b'\n'.join(lines), folder) == (0, names, '')
     assert not [name for name in os.listdir(queue.path / 'to_run') if name.startswith('.')]
     assert queue.poll('--workers', '1')[0] == 1
-    assert queue.out('job-000001.sh.stdout') == f'{folder}\n'
-    assert queue.out('job-000001.sh.exitcode') == '3'
-    assert queue.out('job-000002.sh.stdout') == 'A  B $HOME\n'
-    assert (queue.path / 'out' / 'job-000003.sh.stdout').read_bytes() == b'\xff %s\n'
-    assert queue.out('job-000004.sh.exitcode') == '2'
-    assert queue.out('job-000005.sh.exitcode') == '1'
-    (queue.path / 'fail' / 'job-000005.sh').unlink()  # what is left of it, in out/, is still called so
-    assert added(queue, b'true')[1] == ['job-000006.sh']
+    assert queue.out(f'{names[0]}.stdout') == f'{folder}\n'
+    assert queue.out(f'{names[0]}.exitcode') == '3'
+    assert queue.out(f'{names[1]}.stdout') == 'A  B $HOME\n'
+    assert (queue.path / 'out' / f'{names[2]}.stdout').read_bytes() == b'\xff %s\n'
+    assert queue.out(f'{names[3]}.exitcode') == '2'
+    assert queue.out(f'{names[4]}.exitcode') == '1'
+
+
+def test_a_number_is_never_given_twice(queue):
+    assert added(queue, b'true\ntrue')[1] == ['job-000001-true.sh', 'job-000002-true.sh']
+    for file in (queue.path / 'to_run').iterdir():
+        file.rename(queue.path / f'renamed-{file.name}')
+    assert added(queue, b'true')[1] == ['job-000003-true.sh']
+    queue.add('job-000012.sh')
+    assert added(queue, b'true')[1] == ['job-000013-true.sh']
+    (queue.path / '.job.lock').write_bytes(b'\xffnonsense')
+    assert added(queue, b'true')[1] == ['job-000014-true.sh']
+
+
+def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next(queue):
+    assert len(added(queue, b'echo one \\\n two\necho three\\\\\necho four')[1]) == 3
+    assert queue.poll('--workers', '1')[0] == 0
+    assert [queue.out(f'{name}.stdout') for name in queue.names('complete')] == ['one two\n', 'three\\\n', 'four\n']
+
+
+@pytest.mark.parametrize(('command', 'name'), [
+    ("python3 /home/ann/train.py --lr 0.1 --data=/big/x.csv", 'train.py-lr-0.1-data-x.csv'),
+    ("/usr/bin/python3.11 -m 'a b' \"c\"", 'm-a-b-c'), ('(', ''), ("'\n$(rm *)'", 'rm'), ('é' * 99, ''),
+    ('x' * 99, 'x' * 40), ('a' * 39 + ' b', 'a' * 39), ('.', ''), ('../run.sh', 'run.sh')])
+def test_a_name_tells_the_command_and_is_safe(command, name):
+    assert fastgpu.title(command) == name
+
+
+def run_command(*args, **kwargs):
+    return subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize('words', [['printf', '%s|', "it's", '$HOME', '', 'a\nb', '*', '-n', '--x'], ['true'],
+                                   ['sh', '-c', 'exit 3']])
+def test_the_words_behind_add_are_one_script_which_does_what_they_do_in_a_shell(queue, words):
+    name = run_command('--path', str(queue.path), '--add', *words, check=True).stdout.strip()
+    queue.poll('--workers', '1')
+    direct = subprocess.run(words, capture_output=True, text=True)
+    assert (queue.out(f'{name}.stdout'), queue.out(f'{name}.exitcode')) == (direct.stdout, str(direct.returncode))
+
+
+def test_what_is_added_runs_in_the_environment_in_which_it_was_added(queue, tmp_path):
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'my env'], check=True)
+    activated = f'. {shlex.quote(str(tmp_path / "my env/bin/activate"))}; "$@"'
+    subprocess.run(['sh', '-c', activated, 'sh', sys.executable, str(MODULE), '--path', str(queue.path), '--add',
+                    'python', '-c', 'import os, sys; print(sys.prefix, os.environ.get("SECRET"))'],
+                   check=True, env={**os.environ, 'LD_LIBRARY_PATH': '/a b:', 'SECRET': 'x'}, stdout=subprocess.DEVNULL)
+    assert "LD_LIBRARY_PATH='/a b:'" in next((queue.path / 'to_run').iterdir()).read_text()
+    assert queue.poll('--workers', '1', env={**os.environ, 'PATH': '/usr/bin:/bin', 'VIRTUAL_ENV': 'x'})[0] == 0
+    assert queue.out(f'{queue.names("complete")[0]}.stdout') == f'{tmp_path}/my env None\n'
+
+
+def test_gpus_with_add_are_a_line_of_the_script(queue, gpus):
+    run_command('--path', str(queue.path), '--gpus', '2', '--add', 'sh', '-c', SEES, check=True)
+    assert queue.poll('--exit', '1')[0] == 0
+    assert queue.out(f'{queue.names("complete")[0]}.stdout').split()[0] == '0,1'
 
 
 def test_two_that_add_at_once_keep_their_lines_together(queue):
@@ -3911,7 +3973,7 @@ def test_two_that_add_at_once_keep_their_lines_together(queue):
         process.stdin.close()
     names = [process.stdout.read().decode().split() for process in adding]
     assert [process.wait(30) for process in adding] == [0] * 4
-    assert sorted(itertools.chain(*names)) == [f'job-{n:06}.sh' for n in range(1, 1201)]
+    assert sorted(itertools.chain(*names)) == [f'job-{n:06}-true.sh' for n in range(1, 1201)]
     assert all(int(some[-1][4:10]) == int(some[0][4:10]) + 299 for some in names)
 
 
@@ -3960,11 +4022,104 @@ def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
     assert (run.returncode, run.stderr) == (130, b'')
 
 
-def test_help_shows_the_options_of_the_original_first():
-    text = subprocess.run([sys.executable, str(MODULE), '--help'], capture_output=True, text=True, check=True).stdout
-    assert text.startswith('usage: fastgpu_poll [-h] [--path PATH] [--exit EXIT] ')
-    assert re.search(r'--path PATH +Path containing `to_run` directory', text)
-    assert re.search(r'--exit EXIT +Exit when `to_run` is empty', text)
+def test_help_fits_on_a_screen_and_shows_first_how_to_submit_and_see():
+    text = run_command('--help', env={**os.environ, 'COLUMNS': '80'}).stdout
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 80
+    order = ['--path PATH', '--add', '--run', '--status', '--exit', '--max-used', 'cancel: ', 'exit status: ']
+    assert sorted(order, key=lambda word: re.search(f'(?m)^ *{word}', text).start()) == order
+
+
+# --- Command: --run, one command now ----------------------------------------------------------------------------------
+
+def running(*args, **kwargs):
+    return subprocess.Popen([sys.executable, str(MODULE), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_run_becomes_the_command_with_a_gpu_and_the_status_and_streams_are_its_own(gpus, tmp_path):
+    run = run_command('--run', 'sh', '-c', f'{SEES}; cat; pwd; grep SigIgn: /proc/self/status; echo oops >&2; exit 7',
+                      input='in\n', cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGPIPE, signal.SIG_DFL))
+    assert run.stdout == f'0 0 PCI_BUS_ID\nin\n{tmp_path}\nSigIgn:\t0000000000000000\n'
+    assert (run.stderr, run.returncode) == ('oops\n', 7)
+    assert not (tmp_path / 'to_run').exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
+
+
+def test_a_gpu_is_taken_as_long_as_the_command_of_run_lives(gpus, queue, tmp_path):
+    gpus.have(1)
+    first = running('--run', 'sh', '-c', 'sleep 1000 & echo $$ $!; wait', cwd=tmp_path)
+    pid, child = map(int, first.stdout.readline().split())
+    assert pid == first.pid
+    second = running('--run', 'echo', 'mine')
+    queue.add('a.sh')
+    poller = queue.start('--exit', '1', '--per-gpu', '2')
+    busy = f'gpu 0 busy: runs sh of yours (pid {pid}, {tmp_path})\n'
+    assert second.stderr.readline().endswith(f' {busy}')
+    until(lambda: busy in poller.log())
+    first.kill()
+    first.wait()
+    assert busy[6:].strip() in status(queue)[1]  # its child still has the lock
+    os.kill(child, signal.SIGKILL)
+    assert second.communicate(timeout=30)[0] == 'mine\n'
+    assert poller.wait(30) == 0
+
+
+def test_run_waits_for_several_gpus(gpus):
+    gpus.have(3)
+    gpus.change(0, pids=[4121])
+    two = run_command('--gpus', '2', '--run', 'sh', '-c', SEES)
+    assert (two.stdout, two.returncode) == ('1,2 1,2 PCI_BUS_ID\n', 0)
+    four = run_command('--gpus', '4', '--run', 'true')
+    assert (four.stderr, four.returncode) == ('fastgpu_poll: --gpus 4, and there are 3\n', 2)
+
+
+def test_ctrl_c_while_run_waits_is_130_and_leaves_nothing(gpus):
+    gpus.have(1)
+    gpus.change(0, pids=[4121])
+    waits = running('--run', 'true')
+    assert 'gpu 0 busy: 500 MiB used by pid 4121' in waits.stderr.readline()
+    waits.send_signal(signal.SIGINT)
+    assert waits.wait(30) == 130
+    assert waits.stderr.read() == ''
+
+
+def test_run_of_what_is_no_command_is_told_before_it_waits(gpus, tmp_path):
+    gpus.change(0, pids=[4121])
+    gpus.change(1, pids=[4121])
+    run = run_command('--run', 'no-such-command', 'x')
+    assert (run.returncode, run.stderr) == (127, 'fastgpu_poll: there is no command no-such-command\n')
+
+
+def test_run_of_what_cannot_be_executed_is_126(gpus, tmp_path):
+    broken = tmp_path / 'broken'
+    broken.write_text('#!/no/such/interpreter\n')
+    broken.chmod(0o755)
+    run = run_command('--run', str(broken))
+    assert run.returncode == 126
+    assert re.fullmatch('fastgpu_poll: .*\n', run.stderr)
+
+
+def test_run_has_the_terminal_and_its_ctrl_c(gpus):
+    ours, theirs = pty.openpty()
+    command = 'trap "echo interrupted; exit 5" INT; [ -t 0 ] && [ -t 1 ] && echo ready; while :; do sleep 0.05; done'
+    process = subprocess.Popen([sys.executable, str(MODULE), '--run', 'sh', '-c', command], stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    text = b''
+    while b'ready' not in text:
+        text += os.read(ours, 4096)
+    os.write(ours, b'\x03')
+    assert process.wait(30) == 5
+    os.close(ours)
+
+
+def test_without_a_driver_run_says_so(gpus):
+    gpus.save(init=9)
+    run = run_command('--run', 'true')
+    assert run.returncode == 2
+    assert 'no NVIDIA driver found' in run.stderr
 
 
 def test_version():
