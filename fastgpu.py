@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["nvidia-ml-py"]
+# dependencies = ["nvidia-ml-py>=12.550.52"]
 # ///
 # SPDX-License-Identifier: Apache-2.0
 """Run a folder of scripts on all the GPUs of a box, one GPU per script.
@@ -60,6 +60,7 @@ try:
     import sys
     import threading
     import time
+    import warnings
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
     from pathlib import Path
     from typing import Any, NamedTuple, TextIO, Union
@@ -77,6 +78,8 @@ LOOK_AROUND = 1.0   # seconds between two looks at the runs of others
 OVERDUE = 3.0       # seconds after which whoever should have filed a script that ended is taken to be dead
 STEP_BACK = 0.25    # seconds for which what is free is left to who has waited longer
 KEPT = 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH', 'VIRTUAL_ENV', 'CONDA_PREFIX'  # where programs and libraries are
+AT_ONCE = 10.0      # seconds in which a script fails that could never work, or whose GPU is sick
+LINGER = 5.0        # seconds for which the memory of a killed script of ours may still be in use
 HUSH = 60.0         # seconds between two lines on why the same resource is not free
 GRACE = 10.0        # seconds that a script has between TERM and KILL
 
@@ -1161,6 +1164,7 @@ class Claims:
         self._rest_until: dict[str, float] = {}  # until when not to take what may still be in use, by lock file
         self._free_since: dict[Hashable, float] = {}  # what is left to who has waited longer, and since when it is
         self._lines: dict[str, Line] = {}  # in which we wait, by lock file
+        self._left_at: dict[str, float] = {}  # when we gave back what is in a lock file
         self._several: list[Line] = []  # the same where we need several
 
     def unlock(self, *ids: Any) -> None:
@@ -1179,6 +1183,7 @@ class Claims:
                 path = self.pool.place(ident).path
                 self._line(path).leave()  # to wait for it anew, behind all who do
                 self._ask_at.pop(path, None)  # perhaps that is all that the next script needs
+                self._left_at[path] = time.monotonic()
 
     def lend(self, *ids: Any) -> list[int]:
         """Return the files that hold `ids`, for a script to inherit. Raises FastgpuError if one cannot be locked."""
@@ -1275,6 +1280,10 @@ class Claims:
             self.asked = None
             if fd >= 0 and self.locks.get(ident) != fd:
                 os.close(fd)
+
+    def was_left_just_now(self, ident: Any) -> bool:
+        """Return whether a script of ours ended there so short a time ago that its memory may still be in use."""
+        return time.monotonic() < self._left_at.get(self.pool.place(ident).path, -LINGER) + LINGER
 
     def ask_anew(self) -> None:
         """Ask at once about what was not available a moment ago."""
@@ -1382,6 +1391,9 @@ class ResourcePoolBase:
         self.claims.leave()
         return ident
 
+    def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool) -> None:
+        """Note that the script `name` ended on `ids`, and whether it failed at once; for GPUs, which may be sick."""
+
     def look(self, ident: Any) -> dict[str, Any]:
         """Return the `state` of a resource, free, busy or unusable, and the `reason` where it is not free."""
         if self.is_available(ident):
@@ -1453,21 +1465,43 @@ class Gpu:
     def __init__(self, index: int, uuid: str = '', model: str = '', parent: str = '', error: str = '') -> None:
         self.index, self.uuid, self.model, self.parent, self.error = index, uuid, model, parent, error
         self.ident: Any = index  # what CUDA is told, and people
+        self.old_name = ''  # MIG-GPU-UUID/3/0, of an instance
 
     def __repr__(self) -> str:
         return f'<Gpu {self.index} {self.uuid or self.error}>'
+
+
+class Usage(NamedTuple):
+    """What a driver says of a GPU. Memory is in MiB, and None where it is not told."""
+    used: float | None  # not told where it is the machine's own, and of no use where that keeps what processes left
+    total: float | None
+    compute: dict[int, float | None] | None  # the processes that compute, and the memory of each
+    graphics: dict[int, float | None]
+    mode: str  # its compute mode: Default, Exclusive_Process, Prohibited
+    action: str  # what would make it usable again, such as a reset, or ''
+
+
+UPGRADED = 'the NVIDIA driver was upgraded: reboot, or restart fastgpu_poll once nvidia-smi works'
+ACTIONS = {1: 'reset', 2: 'reboot', 4: 'drain and reset', 6: 'bus reset', 7: 'system reboot'}  # nvml.h, field 230
+
+
+def is_driver_upgraded() -> bool:
+    """Return whether the driver's library that this process has loaded was replaced by another one (proc(5), maps)."""
+    with open('/proc/self/maps') as maps:
+        return any('/libnvidia-ml.so' in line and line.endswith(' (deleted)\n') for line in maps)
 
 
 class Nvml:
     """The driver, by way of nvidia-ml-py. Raises ImportError without it."""
 
     def __init__(self) -> None:
-        import pynvml  # here, because a pool of another kind needs none
-        if not hasattr(pynvml, 'nvmlMemory_v2'):
+        with warnings.catch_warnings():  # the old package pynvml, which may be here too, has one for its users
+            warnings.simplefilter('ignore')
+            import pynvml  # here, because a pool of another kind needs none
+        if not hasattr(pynvml, 'nvmlDeviceGetComputeRunningProcesses_v2'):
             raise ImportError('the module pynvml is too old')
         self._nvml: Any = pynvml
         self._up = False
-        self._blind = False
 
     @contextlib.contextmanager
     def _asking(self, gpu: Gpu | None = None) -> Iterator[Any]:
@@ -1481,7 +1515,7 @@ class Nvml:
             if not self._up:
                 nvml.nvmlInit()
             self._up = True
-            yield nvml.nvmlDeviceGetHandleByUUID(gpu.uuid) if gpu else None
+            yield self._handle(gpu) if gpu else None
         except nvml.NVMLError as error:
             if self._up and error.value not in (nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED,
                                                 nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH):
@@ -1490,6 +1524,17 @@ class Nvml:
                 nvml.nvmlShutdown()
             self._up = False
             raise DriverError(str(error)) from None
+
+    def _handle(self, gpu: Gpu) -> Any:
+        """Return the handle of a GPU: by its number where, because another one is lost, its UUID is not found."""
+        nvml = self._nvml
+        try:
+            return nvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
+        except (nvml.NVMLError_NotFound, nvml.NVMLError_GpuIsLost):
+            handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+            if nvml.nvmlDeviceGetUUID(handle) != gpu.uuid:
+                raise
+            return handle
 
     def gpus(self) -> list[Gpu]:
         """Return all GPUs, in NVML's order, those in MIG mode as their instances. Raises GpuError."""
@@ -1501,10 +1546,10 @@ class Nvml:
                 with self._asking():
                     handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
                     gpu = Gpu(index, *self._name(handle))
-                    instances = self._instances(handle)
+                    instances = self._instances(handle, gpu)
                     if instances == []:
                         gpu.error = 'is in MIG mode and has no instances (see nvidia-smi mig)'
-                    found += [Gpu(index, *self._name(each), gpu.uuid) for each in instances or ()] or [gpu]
+                    found += instances or [gpu]
             except GpuError as error:
                 found.append(Gpu(index, error=str(error)))
         return found
@@ -1516,8 +1561,8 @@ class Nvml:
             return uuid, str(self._nvml.nvmlDeviceGetName(handle))
         return uuid, ''
 
-    def _instances(self, handle: Any) -> list[Any] | None:
-        """Return the handles of the MIG instances of a GPU, None if it is not in MIG mode."""
+    def _instances(self, handle: Any, gpu: Gpu) -> list[Gpu] | None:
+        """Return the MIG instances of a GPU, as far as we may use them, None if it is not in MIG mode."""
         nvml = self._nvml
         try:
             current, _ = nvml.nvmlDeviceGetMigMode(handle)
@@ -1525,39 +1570,58 @@ class Nvml:
             return None
         if current != nvml.NVML_DEVICE_MIG_ENABLE:
             return None
-        instances = []
-        for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):  # a capacity, with gaps
-            with contextlib.suppress(nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
-                instances.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
-        return instances
+        found = []
+        for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):  # a capacity, with gaps
+            with contextlib.suppress(nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument,
+                                     nvml.NVMLError_NoPermission):
+                each = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+                found.append(Gpu(gpu.index, *self._name(each), gpu.uuid))
+                with contextlib.suppress(nvml.NVMLError):
+                    ids = nvml.nvmlDeviceGetGpuInstanceId(each), nvml.nvmlDeviceGetComputeInstanceId(each)
+                    found[-1].old_name = 'MIG-{}/{}/{}'.format(gpu.uuid, *ids)
+        return found
 
-    def memory(self, gpu: Gpu) -> tuple[float, float]:
-        """Return the memory of a GPU in use, and all it has, in MiB. Raises GpuError."""
-        nvml = self._nvml
+    def usage(self, gpu: Gpu, between: Callable[[], None]) -> Usage:
+        """Return what the driver says of a GPU now; calls `between` between two questions. Raises GpuError."""
+        if is_driver_upgraded():
+            raise DriverError(UPGRADED)
+        nvml, ask = self._nvml, functools.partial(self._ask, gpu, between)
+        # The old one is for drivers before 510, where what the driver reserves counts as used.
+        memory = ask(lambda handle: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
+                     nvml.nvmlDeviceGetMemoryInfo)
+        # Not the functions without a version: they refuse to work on drivers before 510.
+        compute = ask(nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetComputeRunningProcesses_v2)
+        graphics = ask(nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, needed=False)
+        mode = ask(nvml.nvmlDeviceGetComputeMode, needed=False)
+        field = ask(lambda handle: nvml.nvmlDeviceGetFieldValues(handle, [230])[0], needed=False)
+        is_numa = ask(lambda handle: nvml.nvmlDeviceGetNumaNodeId(handle), needed=False) is not None
+        return Usage(used=None if is_numa or memory is None else memory.used / 2**20,
+                     total=memory and memory.total / 2**20,
+                     compute=None if compute is None else self._memory(compute), graphics=self._memory(graphics or []),
+                     mode={1: 'Exclusive_Process', 2: 'Prohibited', 3: 'Exclusive_Process'}.get(mode, 'Default'),
+                     action='' if field is None or field.nvmlReturn else ACTIONS.get(field.value.uiVal, ''))
+
+    def _memory(self, processes: list[Any]) -> dict[int, float | None]:
+        """Return the memory of processes in MiB, by pid."""
+        return {process.pid: process.usedGpuMemory and process.usedGpuMemory / 2**20 for process in processes}
+
+    def _ask(self, gpu: Gpu, between: Callable[[], None], question: Callable[[Any], Any],
+             older: Callable[[Any], Any] | None = None, needed: bool = True) -> Any:
+        """Ask a question about a GPU, an `older` one where the driver does not know that; None where it has no answer.
+        """
+        nvml, answer = self._nvml, None
         with self._asking(gpu) as handle:
             try:
-                memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-            except nvml.NVMLError_FunctionNotFound:  # drivers before 510, where what the driver reserves counts as used
-                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        return memory.used / 2**20, memory.total / 2**20
-
-    def pids(self, gpu: Gpu) -> list[int]:
-        """Return the pids of the compute processes on a GPU, as its driver counts them. Raises GpuError."""
-        nvml = self._nvml
-        for _ in range(5):  # the list can grow between the two calls that nvidia-ml-py makes
-            with self._asking(gpu) as handle, contextlib.suppress(nvml.NVMLError_InsufficientSize):
-                try:
-                    try:  # not the function without a version: it refuses to work on drivers before 510
-                        processes = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
-                    except nvml.NVMLError_FunctionNotFound:
-                        processes = nvml.nvmlDeviceGetComputeRunningProcesses_v2(handle)
-                    return [process.pid for process in processes]
-                except nvml.NVMLError_NotSupported:
-                    if not self._blind:
-                        self._blind = True
-                        log(f'gpu {gpu.index} does not tell its processes: its memory alone says whether it is free')
-                    return []
-        raise GpuError('its list of processes keeps growing')
+                answer = question(handle)
+            except nvml.NVMLError_NotSupported:
+                pass
+            except (nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission, nvml.NVMLError_InvalidArgument):
+                if older:
+                    return self._ask(gpu, between, older)
+                if needed:
+                    raise
+        between()
+        return answer
 
 
 class NvidiaSmi:
@@ -1565,61 +1629,60 @@ class NvidiaSmi:
 
     def gpus(self) -> list[Gpu]:
         """Return all GPUs, in the order of nvidia-smi. Raises DriverError."""
-        try:
-            rows = self._csv('--query-gpu=index,uuid,name,mig.mode.current')
-        except DriverError:
-            rows = [[*row, ''] for row in self._csv('--query-gpu=index,uuid,name')]  # drivers before 450 know no MIG
-        found = []
-        for row in rows:
-            if len(row) != 4 or not re.fullmatch('[0-9]{1,9}', row[0]):
-                raise DriverError('nvidia-smi says: ' + ', '.join(row))
-            index, uuid, model, mig = row
-            error = '' if uuid.startswith('GPU-') else uuid
-            if mig == 'Enabled':
-                error = 'is in MIG mode, for which this needs nvidia-ml-py (pip install nvidia-ml-py)'
-            found.append(Gpu(int(index), uuid, model, error=error))
-        return found
+        root, found = self._ask(), []
+        for index, each in enumerate(root.iter('gpu')):
+            found.append(Gpu(index, each.findtext('uuid', ''), each.findtext('product_name', '')))
+            if each.findtext('mig_mode/current_mig') == 'Enabled':
+                found[-1].error = 'is in MIG mode, for which this needs nvidia-ml-py (pip install nvidia-ml-py)'
+        number = int(root.findtext('attached_gpus') or 0)
+        return found + [Gpu(index, error='nvidia-smi cannot reach it') for index in range(len(found), number)]
 
-    def memory(self, gpu: Gpu) -> tuple[float, float]:
-        """Return the memory of a GPU in use, and all it has, in MiB. Raises GpuError."""
-        for row in self._csv('--query-gpu=memory.used,memory.total', '-i', gpu.uuid):
-            try:
-                used, total = map(float, row)
-                return used, total
-            except ValueError:
-                raise GpuError(' '.join(row)) from None
-        raise GpuError('not found')
+    def usage(self, gpu: Gpu, between: Callable[[], None]) -> Usage:
+        """Return what nvidia-smi says of a GPU now. Raises GpuError."""
+        seen = self._ask('-i', gpu.uuid).find('gpu')
+        if seen is None:
+            raise GpuError('nvidia-smi cannot reach it')
+        kinds: dict[str, dict[int, float | None]] = {'C': {}, 'G': {}}
+        for process in seen.iter('process_info'):
+            for kind in set(process.findtext('type', 'C')) & set(kinds):
+                kinds[kind][int(process.findtext('pid', '0'))] = mebibytes(process.findtext('used_memory'))
+        action = seen.findtext('gpu_recovery_action', '').lower()
+        return Usage(used=mebibytes(seen.findtext('fb_memory_usage/used')),
+                     total=mebibytes(seen.findtext('fb_memory_usage/total')),
+                     compute=kinds['C'], graphics=kinds['G'], mode=seen.findtext('compute_mode', 'Default'),
+                     action=action if re.search('reset|reboot', action) else '')
 
-    def pids(self, gpu: Gpu) -> list[int]:
-        """Return the pids of the compute processes on a GPU. Raises GpuError."""
-        rows = self._csv('--query-compute-apps=gpu_uuid,pid', '-i', gpu.uuid)
-        try:
-            return [int(pid) for _, pid in rows]
-        except ValueError:
-            raise GpuError(f'nvidia-smi tells its processes as: {", ".join(rows[0])}') from None
+    def _ask(self, *args: str) -> Any:
+        """Return the XML that `nvidia-smi -q -x` answers, see nvidia-smi(1).
 
-    def _csv(self, query: str, *args: str) -> list[list[str]]:
-        """Return the rows that nvidia-smi answers to a query. Raises DriverError with what it says instead.
-
-        With `args`, which ask for one GPU, GpuError where it says that of this GPU only.
+        Raises DriverError with what it says instead; with `args`, which ask for one GPU, GpuError where it says that of
+        this GPU only.
         """
-        command = ['nvidia-smi', query, '--format=csv,noheader,nounits', *args]
+        from xml.etree import ElementTree  # here, because few need it
         try:
             # In a session of its own, so that Ctrl-C in our terminal is not for it.
-            run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace',
-                                 timeout=30, start_new_session=True)
+            run = subprocess.run(['nvidia-smi', '-q', '-x', *args], stdin=subprocess.DEVNULL, capture_output=True,
+                                 text=True, errors='replace', timeout=30, start_new_session=True)
         except OSError as error:
             raise DriverError(f'nvidia-smi: {error.strerror}') from None
         except subprocess.TimeoutExpired:
             raise DriverError('nvidia-smi does not answer') from None
-        lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
-        if run.returncode not in (0, 14):  # 14 is a warning about the infoROM, nvidia-smi(1)
-            reason = ' '.join((run.stderr.strip() or run.stdout.strip()).split('\n')[:1]) or f'status {run.returncode}'
-            if args:
-                self._csv('--query-gpu=index')  # if that works, it is this GPU alone
-                raise GpuError(reason)
-            raise DriverError(reason)
-        return [[field.strip() for field in line.split(',')] for line in lines]
+        # What it says of a GPU that it cannot reach can stand before and behind that.
+        match = re.search('<nvidia_smi_log>.*</nvidia_smi_log>', run.stdout, re.S)
+        if match and run.returncode in (0, 14):  # 14 is a warning about the infoROM
+            with contextlib.suppress(ElementTree.ParseError):
+                return ElementTree.fromstring(match[0])
+        reason = (run.stderr.strip() or run.stdout.strip()).split('\n')[0] or f'nvidia-smi: status {run.returncode}'
+        if args:
+            self._ask()  # if that works, it is this GPU alone
+            raise GpuError(reason)
+        raise DriverError(reason)
+
+
+def mebibytes(text: str | None) -> float | None:
+    """Return the MiB in a `text` of nvidia-smi such as `3 MiB`, None for `N/A`."""
+    match = re.match('([0-9.]+) MiB', text or '')
+    return float(match[1]) if match else None
 
 
 def find_driver() -> tuple[Nvml | NvidiaSmi, list[Gpu]]:
@@ -1656,8 +1719,9 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
     for number, entry in enumerate(entries):
         if re.fullmatch('[0-9]{1,9}', entry):
             matches = [gpu for gpu in gpus if gpu.index == int(entry)]
-        elif entry.startswith(('GPU-', 'MIG-')):
-            matches = [gpu for gpu in gpus if gpu.uuid.startswith(entry) or gpu.parent.startswith(entry)]
+        elif re.match('GPU-|MIG-|[0-9a-f]{8}-', entry):  # of Jetsons without the GPU-
+            matches = [gpu for gpu in gpus if gpu.uuid.startswith(entry) or gpu.parent.startswith(entry)
+                       or gpu.old_name == entry]
             devices = sorted({gpu.uuid if gpu.uuid.startswith(entry) else gpu.parent for gpu in matches})
             if len(devices) > 1 and entry not in devices:
                 raise FastgpuError(f'{what}: {shown(entry)} could be ' + ' or '.join(devices))
@@ -1673,7 +1737,7 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
     if not chosen:
         raise FastgpuError(f'{what} hides all GPUs' + f' (there is no GPU "{shown(entries[0])}")' * bool(entries[0])
                            + '; unset it, or use --workers N to run without GPUs')
-    by_uuid = any(gpu.parent or gpu.error for gpu in gpus) or any(entry[:4] in ('GPU-', 'MIG-') for entry in entries)
+    by_uuid = any(gpu.parent or gpu.error for gpu in gpus) or any('-' in entry[1:] for entry in entries)
     for gpu in chosen:
         gpu.ident = gpu.uuid if by_uuid and gpu.uuid else gpu.index
         if gpu.error:
@@ -1717,11 +1781,63 @@ def memory_text(mib: float) -> str:
     return f'{mib:.0f} MiB' if mib < 1024 else f'{mib / 1024:.1f} GiB'
 
 
-def process_text(pid: int) -> str:
-    """Return `pid 4121 (python of ann)`, or the pid alone where the rest cannot be seen, as in a container."""
+def command_name(pid: int) -> str:
+    """Return the name of the command of a process, or '' where that cannot be seen, as in a container (proc(5), comm).
+    """
     with contextlib.suppress(OSError), open(f'/proc/{pid}/comm', errors='replace') as file:
-        return shown(f'pid {pid} ({file.read().strip()} of {user_name(os.stat(f"/proc/{pid}").st_uid)})')
+        return file.read().strip()
+    return ''
+
+
+def is_mps(pid: int) -> bool:
+    """Return whether a process is the server of MPS, which is on its GPUs for ever. A name is cut to 15 characters."""
+    return command_name(pid) == 'nvidia-cuda-mps'
+
+
+def process_text(pid: int) -> str:
+    """Return `pid 4121 (python of ann)`, or the pid alone where the rest cannot be seen."""
+    with contextlib.suppress(OSError):
+        return shown(f'pid {pid} ({command_name(pid)} of {user_name(os.stat(f"/proc/{pid}").st_uid)})')
     return f'pid {pid}'
+
+
+class Rest:
+    """The rest that a GPU has after three scripts of a queue in a row failed on it at once: it is sick, or they are.
+
+    That is a lock in the queue, held as long as the rest lasts, so that all its pollers heed it and --status shows it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.place = Place(path)
+        self.failed: list[str] = []  # the last scripts in a row that did
+        self._until, self._fd = 0.0, -1
+
+    def why(self) -> str:
+        """Return the reason why the GPU rests now, or ''."""
+        if self._fd >= 0 and time.monotonic() >= self._until:
+            os.close(self._fd)
+            self._fd = -1
+        return self.place.why_locked()
+
+    def note_end(self, name: str, failed_at_once: bool) -> str:
+        """Note how a script ended; return what there is to say if the GPU rests from now on, or ''.
+
+        The first time it does for a minute; after that, each script that fails at once makes it twice as long.
+        """
+        if not failed_at_once:
+            self.failed.clear()
+        if not failed_at_once or self.why():
+            return ''
+        self.failed.append(name)
+        if len(self.failed) < 3:
+            return ''
+        seconds = min(3600, 60 * 2 ** (len(self.failed) - 3))
+        text = f'rests for {duration(seconds)}: {", ".join(self.failed[-3:])} failed at once'
+        with contextlib.suppress(OSError):
+            self._fd = self.place.take()
+            self.place.write_note(self._fd, f'{text}, at {time.strftime("%H:%M:%S")}')
+        self._until = time.monotonic() + seconds
+        return text
 
 
 class ResourcePoolGPU(ResourcePoolBase):
@@ -1729,7 +1845,8 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     A GPU is free while nobody holds its lock, no compute process is on it, and at most `max_used` MiB of its memory
     are in use. With `per_gpu` N, up to N scripts share one: each but the first needs 1/N of its memory to be free.
-    Raises FastgpuError where there are no GPUs.
+    Desktop programs, which are graphics processes too, and the server of MPS count by their memory alone. Raises
+    FastgpuError where there are no GPUs.
     """
     kind = 'gpu'
     lingers = 30.0  # CUDA takes seconds to start
@@ -1745,6 +1862,8 @@ class ResourcePoolGPU(ResourcePoolBase):
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         self._driver_gone = False
+        self._said: set[str] = set()  # what is said once
+        self._rests: dict[str, Rest] = {}  # by UUID
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
 
@@ -1769,7 +1888,6 @@ class ResourcePoolGPU(ResourcePoolBase):
         path = os.path.join(self._lock_folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_'))
         return Place(path, number, 1) if self.per_gpu > 1 else Place(path)
 
-
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return FASTGPU_ID and what makes CUDA see these GPUs alone, counted as NVML counts."""
         gpus = ','.join(str(self._places[ident][0].ident) for ident in ids)
@@ -1780,30 +1898,74 @@ class ResourcePoolGPU(ResourcePoolBase):
         if not super().is_available(ident):
             return False
         gpu = self._places[ident][0]
+        self.reasons[ident] = self._rest(gpu).why()
+        if self.reasons[ident]:
+            return False
         try:
-            used, total = self._driver.memory(gpu)
-            self.between()
-            pids = self._driver.pids(gpu)
-            self.between()
+            usage = self._driver.usage(gpu, self.between)
             self._driver_is_there()
+            self.reasons[ident] = self._why_busy(gpu, usage, is_shared=(
+                self.per_gpu > 1 and bool(Place(self.place(ident).path).why_locked())))
         except DriverError as error:
             if not self._driver_gone:
-                log(f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
+                log(UPGRADED if str(error) == UPGRADED else
+                    f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
             self._driver_gone = True
             return False
         except GpuError as error:
             self.reasons[ident] = f'unusable: {shown(error)}'
-            return False
-        if self.per_gpu > 1 and Place(self.place(ident).path).why_locked():  # by scripts that have other places on it
+            self._name_by_uuid()  # if it is lost, CUDA counts those that are left anew
+        return not self.reasons[ident]
+
+    def _why_busy(self, gpu: Gpu, usage: Usage, is_shared: bool) -> str:
+        """Return the reason why no script can start on a GPU, or ''. `is_shared`: scripts have other places on it."""
+        if usage.action:
+            return f'unusable: it needs a {usage.action}'
+        if usage.mode == 'Prohibited':
+            return 'unusable: its compute mode is Prohibited (sudo nvidia-smi -c 0 mends that)'
+        processes = {**usage.graphics, **(usage.compute or {})}
+        pids = [pid for pid in usage.compute or () if pid not in usage.graphics and not is_mps(pid)]
+        used, total = usage.used, usage.total
+        if usage.compute is None:
+            if used is None:
+                return 'busy: it tells neither its memory nor its processes: --workers 1 runs one script at a time'
+            self._say_once('pids', f'gpu {gpu.index} does not tell its processes: its memory alone says whether it is free')
+        if used is None:
+            self._say_once('memory', f'gpu {gpu.index} shares the memory of the machine: that of its processes counts')
+            untold = [pid for pid, memory in processes.items() if memory is None and pid not in pids]
+            if untold:
+                return f'busy: {process_text(untold[0])} does not tell its memory'
+            used = sum(memory or 0 for memory in processes.values())
+        if total is None:
+            total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**20
+        if self.per_gpu > 1 and usage.mode == 'Exclusive_Process' and not any(map(is_mps, processes)):
+            self._say_once('mode', f'warning: gpu {gpu.index} is in Exclusive_Process mode: that needs MPS for several')
+        if is_shared:
             busy = total - used < total / self.per_gpu
             rule = f'; one more script needs {memory_text(total / self.per_gpu)} of {memory_text(total)} free'
         else:
             busy = bool(pids) or used > self.max_used
             rule = '' if pids else f'; free is up to {memory_text(self.max_used)}'
-        if busy:
-            users = ', '.join(map(process_text, pids)) or 'no compute process'
-            self.reasons[ident] = f'busy: {memory_text(used)} used by {users}{rule}'
-        return not busy
+        users = ', '.join(map(process_text, pids)) or 'no compute process'
+        return f'busy: {memory_text(used)} used by {users}{rule}' if busy else ''
+
+    def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool) -> None:
+        """Let a GPU rest on which three scripts in a row failed at once: it is sick, or what they have in common."""
+        for gpu in [self._places[ident][0] for ident in ids if ident in self._places]:
+            text = self._rest(gpu).note_end(name, failed_at_once)
+            if text:
+                log(f'gpu {gpu.index} {text} (their .stderr in out tells why; mv fail/NAME to_run/ runs one again)')
+
+    def _rest(self, gpu: Gpu) -> Rest:
+        """Return what is known of the rest of a GPU from the scripts of this queue."""
+        path = os.path.join(self.path, f'.{self.queue.host}-rest-{gpu.uuid}.lock'.replace('/', '_'))
+        return self._rests.setdefault(gpu.uuid, Rest(path))
+
+    def _say_once(self, about: str, text: str) -> None:
+        """Log the first `text` about this."""
+        if about not in self._said:
+            self._said.add(about)
+            log(text)
 
     def _driver_is_there(self) -> None:
         """Tell it if the driver was gone, and name the GPUs by UUID if it counts them in another way now."""
@@ -1812,21 +1974,29 @@ class ResourcePoolGPU(ResourcePoolBase):
         self._driver_gone = False
         log('the NVIDIA driver is back')
         numbers = {gpu.uuid: gpu.index for gpu in self._driver.gpus()}
-        gpus = [gpu for gpu, _ in self._places.values()]
-        if any(numbers.get(gpu.uuid) != gpu.index for gpu in gpus):
-            for gpu in gpus:
-                gpu.ident = gpu.uuid
+        if any(numbers.get(gpu.uuid) != gpu.index for gpu, _ in self._places.values()):
+            self._name_by_uuid()
+
+    def _name_by_uuid(self) -> None:
+        """Let scripts get the UUIDs of GPUs from now on, where numbers could mislead CUDA."""
+        for gpu, _ in self._places.values():
+            gpu.ident = gpu.uuid
 
     def look(self, ident: Any) -> dict[str, Any]:
         """Return whether a GPU is free, why if not, its model and its memory."""
         gpu = self._places[ident][0]
         seen: dict[str, Any] = {'model': gpu.model, 'memory_used': None, 'memory_total': None, **super().look(ident)}
         with contextlib.suppress(GpuError):
-            seen['memory_used'], seen['memory_total'] = map(round, self._driver.memory(gpu))
+            usage = self._driver.usage(gpu, self.between)
+            seen.update(memory_used=usage.used and round(usage.used), memory_total=usage.total and round(usage.total))
         return seen
 
 
 # --- Poller: the loop, from to_run to complete and fail ---------------------------------------------------------------
+
+class Stopped(Exception):
+    """A signal came while the driver was asked, which can take seconds: nothing more is started."""
+
 
 class News:
     """What was last logged about what, so that nothing is said twice."""
@@ -1853,10 +2023,10 @@ class News:
         """Say why each resource of the `pool` is not free, once a minute where that is who has it: they come and go."""
         for ident in pool.all_ids():
             reason = pool.reasons.get(ident)
-            if reason:
+            if reason and not (' used by ' in reason and pool.claims.was_left_just_now(ident)):
                 pause = HUSH if re.match(r'busy: .* of \S+ \(pid', reason) else 0
                 self.say((pool.kind, ident), f'{where([ident])} {reason}', pause)
-            else:
+            elif not reason:
                 self.forget((pool.kind, ident))
 
     def forget(self, about: Hashable) -> None:
@@ -2015,6 +2185,9 @@ class Runs(dict[str, Run]):
             freed = True
             if code >= 0:
                 self.pool.unlock(*held)
+                if run.shim.kill_at is None:
+                    at_once = time.time() - run.record['started'] < AT_ONCE
+                    self.pool.note_end(held, run.name, failed_at_once=at_once and code != 0)
                 self._cuts.pop(run.script, None)
                 if run.record.place.asking.locked_byte(run.record.fd) is not None:
                     run.record['left_behind'] = run.left_behind = pids_with(run.record.place.path)
@@ -2063,7 +2236,12 @@ class Runs(dict[str, Run]):
                 del self[run.name]
 
     def keep_up(self) -> None:
-        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer."""
+        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer.
+
+        Raises Stopped where nothing more is to be started.
+        """
+        if self.signals:
+            raise Stopped
         if time.monotonic() > self._collected_at + 0.1:
             self.release()
             self.collect()
@@ -2210,6 +2388,8 @@ class Poller:
                 if not self.start_one(name):
                     return
                 self.pending.pop()
+            except Stopped:
+                return
             except FastgpuError as error:
                 self.pending.refuse(name, str(error))
             except OSError as error:
@@ -2226,9 +2406,6 @@ class Poller:
             self.run(name, (), refusal=reason)
             return True
         ids = pool.claims.take_some(number, name)
-        if self.signals:  # a driver can take seconds for its answers
-            pool.unlock(*ids)
-            return False
         for ident in ids:
             self.news.forget((pool.kind, ident))
         if ids:
