@@ -23,7 +23,7 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 4
 
 soak: $(VENV)/ready
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -m soak

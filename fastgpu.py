@@ -318,9 +318,10 @@ def condition(path: StrPath, clock: Callable[[float], float] = lambda stamp: tim
     if not stat.S_ISREG(status.st_mode):
         return IGNORED
     if not os.access(path, os.X_OK):
-        return NOT_EXECUTABLE
-    # A time stamp in the future (a clock that was set back, a copy that keeps its time) is not "just now".
-    if 0 <= clock(status.st_mtime) - status.st_mtime < JUST_WRITTEN:
+        return NOT_EXECUTABLE if os.path.lexists(path) else IGNORED
+    # A time stamp in the future (a clock that was set back, a copy that keeps its time) is not "just now". Some file
+    # systems have whole seconds only.
+    if 0 <= clock(status.st_mtime) - status.st_mtime < JUST_WRITTEN + (status.st_mtime_ns % 10**9 == 0):
         return FRESH
     return '' if status.st_size else 'empty'
 
@@ -365,24 +366,38 @@ def numbered(name: str, n: int) -> str:
 def rename_new(source: StrPath, target: StrPath) -> None:
     """Rename like os.rename, but raise FileExistsError where that would overwrite `target`.
 
-    One step with renameat2(2) and RENAME_NOREPLACE; where the C library, the kernel or the file system (NFS) has
-    no such call, a look and an os.rename.
+    One step with renameat2(2) and RENAME_NOREPLACE; where the C library, the kernel or the file system (NFS) has no
+    such call, a second name and then not the first, which a crash between the two leaves to be done again; where there
+    are no second names either (sshfs), a look and an os.rename.
     """
-    try:
+    code = errno.ENOSYS
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes  # here, because it costs a start that needs none of it 5 ms
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (ImportError, OSError, AttributeError):
-        code = errno.ENOSYS
-    else:
         cwd, noreplace = -100, 1
-        if not renameat2(cwd, os.fsencode(source), cwd, os.fsencode(target), noreplace):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        if not rename(cwd, os.fsencode(source), cwd, os.fsencode(target), noreplace):
             return
         code = ctypes.get_errno()
     if code not in (errno.ENOSYS, errno.EINVAL):
         raise OSError(code, os.strerror(code), str(source), None, str(target))
-    if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    os.rename(source, target)
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError:
+        if not is_same(source, target):
+            raise
+    except OSError:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.rename(source, target)
+        return
+    os.unlink(source)
+
+
+def is_same(one: StrPath, other: StrPath) -> bool:
+    """Return whether these are two names of one file."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.lstat(one), os.lstat(other))
+    return False
 
 
 def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
@@ -411,6 +426,7 @@ class Queue:
         self.to_run, self.running, self.complete, self.fail, self.out = self.folders
         self.alive = f'{self.path}/.{self.host}.poller'  # in which each poller of this host locks the byte of its pid
         self._clock = 0.0  # the time of the file system when we looked last
+        self._token = b''  # what is in `alive`
         self.is_new = not os.path.isdir(self.to_run)
         if not only_look:
             if self.path.is_dir():
@@ -422,8 +438,12 @@ class Queue:
     def check_is_there(self) -> None:
         """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since we saw it first."""
         now = map(os.stat, (self.path, self.to_run, self.running))
-        if not all(map(os.path.samestat, self._identity, now)):
-            raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
+        if all(map(os.path.samestat, self._identity, now)):
+            return
+        with contextlib.suppress(FileNotFoundError), open(open_quietly(self.alive), 'rb') as file:
+            if self._token and file.read(16) == self._token:  # sshfs numbers its files anew when the server was away
+                return
+        raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
 
     def mend(self) -> None:
         """Make `complete` and `fail` anew where they are missing, in what is still the queue, if that can be done."""
@@ -437,7 +457,7 @@ class Queue:
 
         It may be slow, but not where that would make a file with this `stamp` seem just written, or not so.
         """
-        if stamp > self._clock - JUST_WRITTEN:
+        if stamp > self._clock - JUST_WRITTEN - 1:
             try:  # by writing: a stamp that one sets is that of this host, on some file systems
                 with open(open_lock(f'{self.path}/.{self.host}.clock'), 'r+b', 0) as file:
                     file.write(b'the time of this file is that of its file system\n')
@@ -454,8 +474,11 @@ class Queue:
         fd = open_lock(self.alive)
         try:
             Place(self.alive, os.getpid(), 1).lock(fd)
+            if not os.pread(fd, 16, 0):
+                os.pwrite(fd, os.urandom(16), 0)
+            self._token = os.pread(fd, 16, 0)
         except OSError as error:
-            os.close(fd)
+            close(fd)
             raise FastgpuError(f'{shown(self.path)}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
                                'newer, and a file system that has locks') from None
         return fd
@@ -489,6 +512,12 @@ def open_quietly(path: StrPath, flags: int = os.O_RDONLY) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
+def close(fd: int) -> None:
+    """Close a file, once: also where a file server answers EIO, its number is free, and soon another's, close(2)."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def open_lock(path: StrPath) -> int:
     """Open the lock file `path`, made where it is missing, in a folder in which others may plant files.
 
@@ -510,7 +539,7 @@ def open_lock(path: StrPath) -> int:
     status = os.fstat(fd)
     # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(fd)
+        close(fd)
         raise OSError(errno.EINVAL, 'is not a lock file, or has a second name', str(path))
     return fd
 
@@ -547,7 +576,7 @@ class Place(NamedTuple):
             is_ours = self.lock(fd)
         finally:
             if not is_ours:
-                os.close(fd)
+                close(fd)
         return fd if is_ours else -1
 
     def lock(self, fd: int, kind: int = fcntl.F_WRLCK) -> bool:
@@ -591,7 +620,7 @@ class Place(NamedTuple):
             try:
                 who = self.holder(fd)
             finally:
-                os.close(fd)
+                close(fd)
         except FileNotFoundError:
             return ''
         except OSError as error:
@@ -639,7 +668,7 @@ class Line:
         """Wait no longer."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)
 
     def has_others_before_us(self, fd: int) -> bool:
         """Return whether somebody waits there, in the open file `fd`, and has longer than we. Raises OSError."""
@@ -774,8 +803,11 @@ class Record(dict[str, Any]):
 
     def create(self) -> bool:
         """Make the file; return False where there was one before. Raises OSError."""
-        with contextlib.suppress(FileExistsError):
+        try:
             self.fd = os.open(self.place.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except OSError:
+            if not os.path.lexists(self.place.path):  # sshfs answers EPERM where it exists
+                raise
         return self.fd >= 0
 
     def open(self) -> None:
@@ -790,7 +822,7 @@ class Record(dict[str, Any]):
         """Close the file, and with that give the lock on it back, if that is ours alone."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            close(fd)
 
     def save(self) -> None:
         """Write it to the open file, in one write. Raises OSError."""
@@ -872,7 +904,7 @@ class Shim:
                 self.kill()
             code = self.process.wait()
         if self.pidfd >= 0:
-            os.close(self.pidfd)
+            close(self.pidfd)
         if code >= 0:
             self.status, self.ended_at = code, time.monotonic()
         else:
@@ -1000,7 +1032,7 @@ class Run:
                 self.shim.start(command, stdout=stdout, stderr=stderr, pass_fds=(self.record.fd, own, *locks),
                                 env=environment)
         finally:
-            os.close(own)
+            close(own)
         self.is_new = True
         self.record['pid'] = self.shim.pid
         with contextlib.suppress(OSError):  # a full disk: while we live, we know it
@@ -1094,6 +1126,8 @@ class Run:
             return False
         if 'pid' in self.record or os.path.lexists(self.out('exitcode')):
             return True
+        if self.record.get('boot') != self.queue.here['boot']:  # its pid may not have reached the file server
+            return True
         return any(os.path.exists(file) and os.stat(file).st_size for file in (self.out('stdout'), self.out('stderr')))
 
     def seconds(self, since: float = 0) -> float:
@@ -1171,14 +1205,15 @@ class Claims:
         """Give the locks of `ids` back, also if a daemon that a script left behind still has their files open."""
         for ident in ids:
             if ident in self.locks:
-                self.pool.place(ident).unlock(self.locks[ident])
+                with contextlib.suppress(OSError):  # a file server that is away: to close it does for us
+                    self.pool.place(ident).unlock(self.locks[ident])
         self.drop(*ids)
 
     def drop(self, *ids: Any) -> None:
         """Close our files of the locks of `ids`: whoever inherited them, if anybody did, still holds them."""
         for ident in ids:
             if ident in self.locks:
-                os.close(self.locks.pop(ident))
+                close(self.locks.pop(ident))
                 self._free_since.pop(ident, None)
                 path = self.pool.place(ident).path
                 self._line(path).leave()  # to wait for it anew, behind all who do
@@ -1279,7 +1314,7 @@ class Claims:
         finally:
             self.asked = None
             if fd >= 0 and self.locks.get(ident) != fd:
-                os.close(fd)
+                close(fd)
 
     def was_left_just_now(self, ident: Any) -> bool:
         """Return whether a script of ours ended there so short a time ago that its memory may still be in use."""
@@ -1322,7 +1357,7 @@ class ResourcePoolBase:
         fd = 0
         while fd <= 2:  # a lock in the place of a closed stdin would not be inherited
             fd = os.open(os.devnull, os.O_RDWR)
-        os.close(fd)
+        close(fd)
         self.queue = Queue(path, only_look)
         self.path = self.queue.path
         self.wrapper: list[str] = []  # words to put in front of each script's path
@@ -1385,10 +1420,14 @@ class ResourcePoolBase:
         return next((ident for ident in self.all_ids() if self.is_available(ident)), None)
 
     def lock_next(self) -> Any:
-        """Lock the first resource that is available; return it, or None where there is none. Waits in no line."""
+        """Lock the first resource that is available; return it, or None where there is none, to be called again.
+
+        Until it got one it has a place in the line of those who wait.
+        """
         self.claims.ask_anew()
         ident = next(iter(self.claims.take_some(1)), None)
-        self.claims.leave()
+        if ident is not None:
+            self.claims.leave()
         return ident
 
     def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool) -> None:
@@ -1815,7 +1854,7 @@ class Rest:
     def why(self) -> str:
         """Return the reason why the GPU rests now, or ''."""
         if self._fd >= 0 and time.monotonic() >= self._until:
-            os.close(self._fd)
+            close(self._fd)
             self._fd = -1
         return self.place.why_locked()
 
@@ -1929,7 +1968,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         if usage.compute is None:
             if used is None:
                 return 'busy: it tells neither its memory nor its processes: --workers 1 runs one script at a time'
-            self._say_once('pids', f'gpu {gpu.index} does not tell its processes: its memory alone says whether it is free')
+            self._say_once('pids', f'gpu {gpu.index} does not tell its processes: its memory alone decides')
         if used is None:
             self._say_once('memory', f'gpu {gpu.index} shares the memory of the machine: that of its processes counts')
             untold = [pid for pid, memory in processes.items() if memory is None and pid not in pids]
@@ -2292,7 +2331,8 @@ class Runs(dict[str, Run]):
 
     def is_ending(self, name: str) -> bool:
         """Return whether `name` is of a run that a person moved back to to_run: it starts anew when that has ended."""
-        return any(name in (run.name, run.script) and (run.shim.kill_at is not None or run.is_taken_out())
+        return any(name in (run.name, run.script) and (run.shim.kill_at is not None or run.is_taken_out()
+                                                       or is_same(run.path, self.queue.to_run / name))
                    for run in self.values())
 
     def stopping(self) -> bool:
@@ -2341,7 +2381,7 @@ class Poller:
             raise
         finally:
             log.bottom('')
-            os.close(alive)
+            close(alive)
             self.pool.claims.leave()
             self.pool.claims.drop(*self.loose())
             if ours:
@@ -2440,7 +2480,7 @@ class Poller:
             if run:
                 del self.runs[run.name]
                 run.unclaim()
-            elif isinstance(error, FileNotFoundError) and not os.path.lexists(self.queue.to_run / script):
+            elif isinstance(error, FileNotFoundError) and error.filename2:  # the rename: another poller was faster
                 return False
             raise
         finally:
@@ -2838,7 +2878,7 @@ def become(options: argparse.Namespace) -> int:
     pool, news = find_pool(options, only_look=True), News()
     most = len(pool.files(pool.all_ids()))
     if options.gpus > most:
-        raise FastgpuError(f'--gpus {options.gpus}, and there {"are" if most != 1 else "is"} {most}')
+        raise FastgpuError(f'--gpus {options.gpus} asks for more GPUs than there are: {most}')
     while not (ids := pool.claims.take_some(options.gpus, os.path.basename(name))):
         news.tell_why(pool, lambda ids: f'{pool.kind} {",".join(map(pool.label, ids))}')
         time.sleep(0.1)

@@ -6,6 +6,7 @@ ones under the marker `gpu`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import importlib.util
@@ -379,7 +380,19 @@ def test_a_script_just_written_is_not_taken_yet(queue):
     assert find_next_script(queue.path / 'to_run') == script
 
 
-def test_safe_rename_never_overwrites(tmp_path):
+def fails(number):
+    """Return a function that fails with this error."""
+    def function(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+    return function
+
+
+@pytest.mark.parametrize('lacks', [(), ('renameat2',), ('renameat2', 'links')])
+def test_safe_rename_never_overwrites(tmp_path, monkeypatch, lacks):
+    if 'renameat2' in lacks:  # NFS, and all others but local ones
+        monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
+    if 'links' in lacks:  # sshfs
+        monkeypatch.setattr(os, 'link', fails(errno.EPERM))
     dest = tmp_path / 'dest'
     dest.mkdir()
     for text, name in ('one', 'a.sh'), ('two', 'a-1.sh'), ('three', 'a-2.sh'):
@@ -392,6 +405,63 @@ def test_safe_rename_never_overwrites(tmp_path):
     assert safe_rename(str(tmp_path / 'link'), str(dest)) == dest / 'link-1'
     with pytest.raises(FileNotFoundError):
         safe_rename(tmp_path / 'a.sh', dest)
+    assert os.listdir(tmp_path) == ['dest']
+
+
+def test_a_crash_in_the_middle_of_a_rename_by_two_names_is_completed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
+    (tmp_path / 'dest').mkdir()
+    file = tmp_path / 'a.sh'
+    file.touch()
+    with monkeypatch.context() as crash:
+        crash.setattr(os, 'unlink', fails(errno.EIO))
+        with pytest.raises(OSError, match='Input/output'):
+            safe_rename(file, tmp_path / 'dest')
+    assert safe_rename(file, tmp_path / 'dest') == tmp_path / 'dest' / 'a.sh'
+    assert os.listdir(tmp_path / 'dest') == ['a.sh']
+    assert not file.exists()
+
+
+def test_a_script_under_two_names_after_a_crash_runs_once(queue):
+    queue.add('a.sh', queue.gate())
+    first = queue.start('--workers', '2')
+    queue.pid('a.sh')
+    os.link(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')
+    queue.let_look(first)
+    assert queue.names('running') == ['a.sh']
+    (queue.path / 'to_run' / 'a.sh').unlink()
+    queue.open_gate()
+    assert first.wait(30) == 0
+
+
+def test_where_stamps_are_whole_seconds_just_written_is_a_second(queue):
+    script = queue.add('a.sh')
+    now = int(time.time())
+    os.utime(script, (now, now))
+    if time.time() < now + 0.9:
+        assert find_next_script(queue.path / 'to_run') is None
+    until(lambda: find_next_script(queue.path / 'to_run'))
+    assert time.time() > now + 1
+
+
+def test_what_a_file_server_says_when_a_lock_is_given_back_costs_no_resource(queue, monkeypatch):
+    pool = FixedWorkerPool([0], queue.path)
+    assert pool.lock_next() == 0
+    real = os.close
+    with monkeypatch.context() as server:
+        server.setattr(fcntl, 'fcntl', fails(errno.EIO))
+        server.setattr(os, 'close', lambda fd: (real(fd), fails(errno.EIO)())[0])  # it is closed all the same, close(2)
+        pool.unlock(0)
+    assert FixedWorkerPool([0], queue.path).lock_next() == 0
+
+
+def test_what_a_host_that_crashed_had_started_is_cut_off_though_its_pid_reached_no_record(queue):
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', **fastgpu.this_host(), 'boot': 'before', 'ids': [0], 'started': 1.0}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    status, log = queue.poll()
+    assert (status, queue.all()) == (0, {'a-1.sh': 'complete'})
+    assert 'requeue a.sh (cut off, ' in log
 
 
 # --- Locks ------------------------------------------------------------------------------------------------------------
@@ -2546,6 +2616,180 @@ def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back
     assert Counter(queue.all().values()) == {'complete': 6}
 
 
+# --- Queues: on network file systems, with two hosts ------------------------------------------------------------------
+
+NETFS = Path(os.environ.get('FASTGPU_NETFS', MODULE.parent.parent / 'shared' / 'netfs'))
+
+
+class Net:
+    """A network file system that two hosts mount; each is a machine of its own, by the ids that it is shown."""
+
+    def __init__(self, kind):
+        self.dir = Path(f'/tmp/netfs-test-{kind}-{os.getpid()}')
+        self.queue = None
+        self.kind = kind
+
+    def up(self):
+        subprocess.run([NETFS / 'netfs_up.sh', self.kind, self.dir], check=True, capture_output=True, timeout=300)
+        for host, file in itertools.product('AB', ('/proc/sys/kernel/random/boot_id', '/etc/machine-id')):
+            (self.dir / f'id-{host}').write_text(f'of {host}\n')
+            self.on(host, 'mount', '--bind', self.dir / f'id-{host}', file)
+
+    def down(self):
+        subprocess.run([NETFS / 'netfs_down.sh', self.dir], capture_output=True, timeout=60)
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def on(self, host, *words, **kwargs):
+        return subprocess.run([self.dir / 'on', host, *words], check=True, capture_output=True, text=True, timeout=120,
+                              **kwargs).stdout
+
+    def command(self, host):
+        return self.dir / 'on', host, sys.executable, MODULE
+
+    def server(self, word):
+        subprocess.run([self.dir / 'server', word], check=True, capture_output=True, timeout=60)
+
+    def new_queue(self):
+        """Return the folder of a new queue, as both hosts see it."""
+        path = self.dir / 'mnt' / f'q{time.monotonic_ns()}'
+        self.on('A', 'mkdir', path)
+        self.on('A', sys.executable, '-c', f'import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import fastgpu; '
+                                           f'fastgpu.setup_dirs({str(path)!r})')
+        until(lambda: 'to_run' in self.on('B', 'ls', path))
+        return path
+
+    def fill(self, path, number, body):
+        write = f'printf "%s\\n" "#!/bin/sh" {shlex.quote(body)} >$n; touch -d @1 $n; chmod +x $n'
+        self.on('A', 'sh', '-c', f'cd {path}/to_run; for n in $(seq 1000 {999 + number}); do {write}; done')
+
+    def start(self, host, path, *args, **kwargs):
+        log = self.dir / f'{time.monotonic_ns()}.log'
+        with open(log, 'w') as err:
+            poller = subprocess.Popen([*self.command(host), '--path', path, *(args or ('--workers', '2'))], stderr=err,
+                                      stdin=subprocess.DEVNULL, **kwargs)
+        poller.log = log.read_text
+        return poller
+
+    def names(self, path, folder, host='A'):
+        return self.on(host, 'ls', path / folder).split()
+
+
+@pytest.fixture(scope='module', params=['gluster', 'sshfs'])
+def net(request):
+    if os.getuid() or not os.path.exists('/dev/fuse') or not (NETFS / 'netfs_up.sh').exists():
+        pytest.skip('needs root, FUSE and netfs_up.sh')
+    net = Net(request.param)
+    try:
+        net.up()
+    except subprocess.SubprocessError as error:
+        net.down()
+        pytest.skip(f'there is no {request.param} here: {error}')
+    yield net
+    net.down()
+
+
+@pytest.mark.net
+def test_net_two_hosts_run_each_script_once(net):
+    path = net.new_queue()
+    ran = net.dir / 'ran'
+    ran.touch()
+    net.fill(path, 200, f'echo $0 >> {ran}')
+    pollers = [net.start(host, path) for host in 'AB']
+    assert [poller.wait(120) for poller in pollers] == [0, 0]
+    assert len(net.names(path, 'complete')) == 200
+    assert len(ran.read_text().split()) == 200
+    assert not re.search('cannot|waits for its chmod', ''.join(poller.log() for poller in pollers))
+
+
+@pytest.mark.net
+def test_net_pollers_of_two_hosts_under_kill_9_lose_nothing(net):
+    path, rng = net.new_queue(), random.Random(os.environ.get('SEED'))
+    ran = net.dir / f'ran-{time.monotonic_ns()}'
+    ran.touch()
+    net.fill(path, 150, f'sleep 0.{rng.randrange(3)}; echo $0 >> {ran}')
+    live, deadline = [], time.monotonic() + 20
+    while time.monotonic() < deadline:
+        live = [poller for poller in live if poller.poll() is None]
+        while len(live) < 4:
+            live.append(net.start(rng.choice('AB'), path, '--workers', '2', '--exit', '0'))
+        time.sleep(rng.random())
+        live.pop(rng.randrange(len(live))).kill()
+    for poller in live:
+        poller.kill()
+        poller.wait()
+    for host in 'AB':
+        assert net.start(host, path).wait(120) == 0
+    time.sleep(1)  # names are cached so long
+    assert len(net.names(path, 'complete')) == 150
+    assert len(ran.read_text().split()) == 150
+
+
+@pytest.mark.net
+def test_net_a_server_that_is_away_for_a_while_costs_no_script(net):
+    path = net.new_queue()
+    ran = net.dir / f'ran-{time.monotonic_ns()}'
+    ran.touch()
+    net.fill(path, 30, f'sleep 1; echo $$ >> {ran}')
+    pollers = [net.start(host, path) for host in 'AB']
+    until(lambda: len(ran.read_text().split()) > 3)
+    net.server('stop')
+    time.sleep(10)
+    net.server('start')
+    assert [poller.wait(120) for poller in pollers] == [0, 0], [poller.log() for poller in pollers]
+    for host in 'AB':
+        net.start(host, path).wait(120)
+    assert len(net.names(path, 'complete')) == 30
+    assert len(ran.read_text().split()) == 30
+
+
+@pytest.mark.net
+def test_net_two_hosts_that_add_at_once_lose_no_command(net):
+    for _ in range(3):
+        path = net.new_queue()
+        adding = [subprocess.Popen([*net.command(host), '--path', path, '--add'], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True, cwd='/') for host in 'AB']
+        for host, process in zip('AB', adding):
+            process.stdin.write(''.join(f'echo {host}{n}\n' for n in range(200)))
+        names = [process.communicate(timeout=120)[0].split() for process in adding]
+        assert [process.returncode for process in adding] == [0, 0]
+        assert len({*names[0], *names[1]}) == 400
+        text = net.on('A', 'sh', '-c', f'cat {path}/to_run/*')
+        assert len(set(re.findall('^echo (.*)', text, re.M))) == 400
+
+
+@pytest.mark.net
+def test_net_hosts_of_one_name_leave_each_others_runs_alone(net):
+    net.on('B', 'hostname', 'nodeA')
+    try:
+        path = net.new_queue()
+        ran = net.dir / f'ran-{time.monotonic_ns()}'
+        ran.touch()
+        net.fill(path, 8, f'sleep 3; echo $0 >> {ran}')
+        pollers = [net.start(host, path) for host in 'AB']
+        assert [poller.wait(120) for poller in pollers] == [0, 0]
+        assert len(ran.read_text().split()) == 8
+        assert len(net.names(path, 'complete')) == 8
+    finally:
+        net.on('B', 'hostname', 'nodeB')
+
+
+@pytest.mark.net
+def test_net_a_new_name_on_the_same_kernel_files_what_ended(net):
+    path = net.new_queue()
+    net.fill(path, 1, 'sleep 2; exit 3')
+    first = net.start('A', path)
+    until(lambda: net.names(path, 'running'))
+    first.kill()
+    first.wait()
+    net.on('A', 'hostname', 'another')
+    try:
+        until(lambda: '1000.exitcode' in net.names(path, 'out'))
+        assert net.start('A', path).wait(60) == 1
+        assert net.names(path, 'fail') == ['1000']
+    finally:
+        net.on('A', 'hostname', 'nodeA')
+
+
 # --- GPUs: the real nvidia-ml-py on a fake driver library -------------------------------------------------------------
 
 FAKE_DRIVER = '''
@@ -3481,13 +3725,13 @@ def smi(tmp_path, monkeypatch):
 def test_one_gpu_that_nvidia_smi_cannot_reach_is_unusable_and_the_driver_not_gone(smi, queue):
     smi.gpu(B, (4121, 'C', '300 MiB'))
     queue.add('a.sh', SEES)
-    poller = queue.start('--exit', '1')
+    poller = queue.start('--exit', '0')
     until(lambda: 'gpu 0: start a.sh' in poller.log())
     queue.add('b.sh', SEES)
     smi.lose(A)
     until(lambda: 'gpu 0 unusable: No devices were found\n' in poller.log() and 'gpu 1 busy' in poller.log())
     smi.gpu(B)
-    assert poller.wait(30) == 0
+    until(lambda: 'b.sh' in queue.names('complete'))
     assert 'driver is' not in poller.log()
     assert queue.out('b.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'  # CUDA counts those that are left anew
 
@@ -4396,7 +4640,7 @@ def test_run_waits_for_several_gpus(gpus):
     two = run_command('--gpus', '2', '--run', 'sh', '-c', SEES)
     assert (two.stdout, two.returncode) == ('1,2 1,2 PCI_BUS_ID\n', 0)
     four = run_command('--gpus', '4', '--run', 'true')
-    assert (four.stderr, four.returncode) == ('fastgpu_poll: --gpus 4, and there are 3\n', 2)
+    assert (four.stderr, four.returncode) == ('fastgpu_poll: --gpus 4 asks for more GPUs than there are: 3\n', 2)
 
 
 def test_ctrl_c_while_run_waits_is_130_and_leaves_nothing(gpus):
@@ -4618,6 +4862,10 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         for unread in self.unread:
             os.close(unread)
 
+    def was_away(self, name):
+        """Return whether the queue was when a shell looked for this script."""
+        return re.search('No such file|not found', self.queue.out(f'{name}.stderr'))
+
     def check(self):
         queue = self.queue
         last = queue.start('--exit', '1', command=self.COMMAND, cwd=MODULE.parent)
@@ -4637,8 +4885,8 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
         records = {name[:-5]: json.loads(queue.out(name) or '{}') for name in queue.names('out') if '.json' in name}
         stopped = Counter(queue.out(f'{name}.stdout')[:6] for name, record in records.items() if record.get('stopped'))
         for token, status in self.statuses.items():
-            if token in self.touched or queue.out(f'{where[token][0][1]}.exitcode') in ('126', '127'):
-                continue  # it is as if the person had: the queue was away when the shell looked for the script
+            if token in self.touched or self.was_away(where[token][0][1]):
+                continue  # it is as if the person had: the queue was away when somebody looked for the script
             assert 1 <= ended[token] <= 1 + stopped[token], token
             [(folder, name)] = where[token]
             assert folder == ('fail' if status else 'complete')
