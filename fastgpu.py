@@ -79,6 +79,7 @@ OVERDUE = 3.0       # seconds after which whoever should have filed a script tha
 STEP_BACK = 0.25    # seconds for which what is free is left to who has waited longer
 KEPT = 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH', 'VIRTUAL_ENV', 'CONDA_PREFIX'  # where programs and libraries are
 AT_ONCE = 10.0      # seconds in which a script fails that could never work, or whose GPU is sick
+SHOWS = 30.0        # seconds until what uses CUDA is seen by the driver
 LINGER = 5.0        # seconds for which the memory of a killed script of ours may still be in use
 HUSH = 60.0         # seconds between two lines on why the same resource is not free
 GRACE = 10.0        # seconds that a script has between TERM and KILL
@@ -616,11 +617,8 @@ class Place(NamedTuple):
     def why_locked(self) -> str:
         """Return why it is not free: '', or `busy: who`, or `unusable: why`."""
         try:
-            fd = open_quietly(self.path)
-            try:
-                who = self.holder(fd)
-            finally:
-                close(fd)
+            with open(open_quietly(self.path), 'rb', 0) as file:
+                who = self.holder(file.fileno())
         except FileNotFoundError:
             return ''
         except OSError as error:
@@ -1195,7 +1193,7 @@ class Claims:
         self.kept: list[Any] = []  # what we hold for a script that needs more
         self._wanting = ''  # that script
         self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
-        self._rest_until: dict[str, float] = {}  # until when not to take what may still be in use, by lock file
+        self._rests: dict[str, tuple[int, float]] = {}  # the locks of what rests because of us, and until when
         self._free_since: dict[Hashable, float] = {}  # what is left to who has waited longer, and since when it is
         self._lines: dict[str, Line] = {}  # in which we wait, by lock file
         self._left_at: dict[str, float] = {}  # when we gave back what is in a lock file
@@ -1228,12 +1226,26 @@ class Claims:
                 raise FastgpuError(f'{self.pool.kind} {self.pool.label(ident)} {reason}')
         return [self.locks[ident] for ident in ids]
 
-    def rest(self, ids: Iterable[Any], reason: str) -> None:
-        """Do not take `ids` for the time that this kind of resource `lingers`: for them, nobody can tell before."""
-        for ident in ids if self.pool.lingers else ():
-            self._rest_until[self.pool.place(ident).path] = time.monotonic() + self.pool.lingers
-            what = f'waiting {self.pool.lingers:.0f} s to see whether that uses it'
-            self.pool.reasons[ident] = f'busy: {reason}: {what}'
+    def rest(self, ids: Iterable[Any], seconds: float, reason: str) -> None:
+        """Let no poller of this queue take `ids` for so many seconds: a lock in it says so, with the `reason`."""
+        for place in map(self._rest_place, ids):
+            with contextlib.suppress(OSError):
+                fd = place.take()
+                if fd >= 0:
+                    place.write_note(fd, reason)
+                    self._rests[place.path] = fd, time.monotonic() + seconds
+
+    def why_rests(self, ident: Any) -> str:
+        """Return the reason why `ident` rests, or ''."""
+        place = self._rest_place(ident)
+        if time.monotonic() >= self._rests.get(place.path, (-1, float('inf')))[1]:
+            close(self._rests.pop(place.path)[0])
+        return place.why_locked()
+
+    def _rest_place(self, ident: Any) -> Place:
+        """Return where the lock is of what rests."""
+        queue, name = self.pool.queue, os.path.basename(self.pool.place(ident).path)
+        return Place(f'{queue.path}/.{queue.host}-rest-{name}')
 
     def sign(self, ids: Iterable[Any], what: str, pid: int | None, more: str = '') -> None:
         """Write into the lock files of `ids`, which we hold, what they are held for, for whoever waits for them."""
@@ -1293,7 +1305,7 @@ class Claims:
             if who:
                 reasons[ident] = f'busy: {who}'
                 self._free_since.pop(ident, None)
-            elif ask and now < max(self._ask_at.get(place.path, 0), self._rest_until.get(place.path, 0)):
+            elif ask and now < self._ask_at.get(place.path, 0):
                 return False  # what was the reason then is still the reason
             elif (ask and self._line(place.path).has_others_before_us(fd)
                     and now < self._free_since.setdefault(ident, now) + STEP_BACK):
@@ -1351,7 +1363,7 @@ class ResourcePoolBase:
     checks nothing.
     """
     kind = 'worker'  # what a resource is called in messages
-    lingers = 0.0  # seconds until what a script left running on it is certainly seen there
+    rests = False  # whether it does for a while, after scripts that left something running or failed at once
 
     def __init__(self, path: StrPath, only_look: bool = False) -> None:
         fd = 0
@@ -1381,9 +1393,13 @@ class ResourcePoolBase:
         A subclass adds its own test to `super().is_available(ident)`. Before a script starts it is asked while nobody
         else can ask, so what it finds cannot be changed by another poller.
         """
-        if ident not in self.claims.locks and ident != self.claims.asked:
+        if ident in self.claims.locks:
+            return False
+        if ident != self.claims.asked:
             self.reasons[ident] = self.place(ident).why_locked()
-        return ident not in self.claims.locks and not self.reasons[ident]
+        if self.rests and not self.reasons[ident]:
+            self.reasons[ident] = self.claims.why_rests(ident)
+        return not self.reasons[ident]
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return the variables that a script on `ids` (mostly one) gets in addition to those of the poller."""
@@ -1430,8 +1446,8 @@ class ResourcePoolBase:
             self.claims.leave()
         return ident
 
-    def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool) -> None:
-        """Note that the script `name` ended on `ids`, and whether it failed at once; for GPUs, which may be sick."""
+    def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool, left_something: bool) -> None:
+        """Note that the script `name` ended on `ids`, for what rests after some."""
 
     def look(self, ident: Any) -> dict[str, Any]:
         """Return the `state` of a resource, free, busy or unusable, and the `reason` where it is not free."""
@@ -1840,45 +1856,6 @@ def process_text(pid: int) -> str:
     return f'pid {pid}'
 
 
-class Rest:
-    """The rest that a GPU has after three scripts of a queue in a row failed on it at once: it is sick, or they are.
-
-    That is a lock in the queue, held as long as the rest lasts, so that all its pollers heed it and --status shows it.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.place = Place(path)
-        self.failed: list[str] = []  # the last scripts in a row that did
-        self._until, self._fd = 0.0, -1
-
-    def why(self) -> str:
-        """Return the reason why the GPU rests now, or ''."""
-        if self._fd >= 0 and time.monotonic() >= self._until:
-            close(self._fd)
-            self._fd = -1
-        return self.place.why_locked()
-
-    def note_end(self, name: str, failed_at_once: bool) -> str:
-        """Note how a script ended; return what there is to say if the GPU rests from now on, or ''.
-
-        The first time it does for a minute; after that, each script that fails at once makes it twice as long.
-        """
-        if not failed_at_once:
-            self.failed.clear()
-        if not failed_at_once or self.why():
-            return ''
-        self.failed.append(name)
-        if len(self.failed) < 3:
-            return ''
-        seconds = min(3600, 60 * 2 ** (len(self.failed) - 3))
-        text = f'rests for {duration(seconds)}: {", ".join(self.failed[-3:])} failed at once'
-        with contextlib.suppress(OSError):
-            self._fd = self.place.take()
-            self.place.write_note(self._fd, f'{text}, at {time.strftime("%H:%M:%S")}')
-        self._until = time.monotonic() + seconds
-        return text
-
-
 class ResourcePoolGPU(ResourcePoolBase):
     """Runs scripts on the GPUs of this host, or on those of them that CUDA_VISIBLE_DEVICES lists.
 
@@ -1888,7 +1865,7 @@ class ResourcePoolGPU(ResourcePoolBase):
     FastgpuError where there are no GPUs.
     """
     kind = 'gpu'
-    lingers = 30.0  # CUDA takes seconds to start
+    rests = True
 
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
@@ -1902,7 +1879,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         self.max_used, self.per_gpu = max_used, per_gpu
         self._driver_gone = False
         self._said: set[str] = set()  # what is said once
-        self._rests: dict[str, Rest] = {}  # by UUID
+        self._failed: dict[str, list[str]] = {}  # the last scripts in a row that failed at once, by UUID
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
 
@@ -1937,9 +1914,6 @@ class ResourcePoolGPU(ResourcePoolBase):
         if not super().is_available(ident):
             return False
         gpu = self._places[ident][0]
-        self.reasons[ident] = self._rest(gpu).why()
-        if self.reasons[ident]:
-            return False
         try:
             usage = self._driver.usage(gpu, self.between)
             self._driver_is_there()
@@ -1988,17 +1962,26 @@ class ResourcePoolGPU(ResourcePoolBase):
         users = ', '.join(map(process_text, pids)) or 'no compute process'
         return f'busy: {memory_text(used)} used by {users}{rule}' if busy else ''
 
-    def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool) -> None:
-        """Let a GPU rest on which three scripts in a row failed at once: it is sick, or what they have in common."""
-        for gpu in [self._places[ident][0] for ident in ids if ident in self._places]:
-            text = self._rest(gpu).note_end(name, failed_at_once)
-            if text:
-                log(f'gpu {gpu.index} {text} (their .stderr in out tells why; mv fail/NAME to_run/ runs one again)')
+    def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool, left_something: bool) -> None:
+        """Let GPUs rest on which three scripts in a row failed at once, or one left something running.
 
-    def _rest(self, gpu: Gpu) -> Rest:
-        """Return what is known of the rest of a GPU from the scripts of this queue."""
-        path = os.path.join(self.path, f'.{self.queue.host}-rest-{gpu.uuid}.lock'.replace('/', '_'))
-        return self._rests.setdefault(gpu.uuid, Rest(path))
+        They are sick, or what these scripts have in common is: after a minute the next one may try, and when that fails
+        at once too the rest is twice as long. What was left running is seen by the driver within 30 s, or never.
+        """
+        if left_something:
+            text = f'{name} left something running: waiting {SHOWS:.0f} s to see whether that uses it'
+            self.claims.rest(ids, SHOWS, text)
+        for ident in ids:
+            gpu = self._places[ident][0]
+            failed = self._failed.setdefault(gpu.uuid, [])
+            failed.append(name)
+            if not failed_at_once:
+                failed.clear()
+            if len(failed) >= 3 and not self.claims.why_rests(ident):
+                seconds = min(3600, 60 * 2 ** (len(failed) - 3))
+                text = f'rests for {duration(seconds)}: {", ".join(failed[-3:])} failed at once'
+                log(f'gpu {gpu.index} {text} (their .stderr in out tells why; mv fail/NAME to_run/ runs one again)')
+                self.claims.rest([ident], seconds, f'{text}, at {time.strftime("%H:%M:%S")}')
 
     def _say_once(self, about: str, text: str) -> None:
         """Log the first `text` about this."""
@@ -2224,13 +2207,11 @@ class Runs(dict[str, Run]):
             freed = True
             if code >= 0:
                 self.pool.unlock(*held)
-                if run.shim.kill_at is None:
-                    at_once = time.time() - run.record['started'] < AT_ONCE
-                    self.pool.note_end(held, run.name, failed_at_once=at_once and code != 0)
                 self._cuts.pop(run.script, None)
                 if run.record.place.asking.locked_byte(run.record.fd) is not None:
                     run.record['left_behind'] = run.left_behind = pids_with(run.record.place.path)
-                    self.pool.claims.rest(held, f'{run.name} left something running')
+                at_once = time.time() - run.record['started'] < AT_ONCE and run.shim.kill_at is None
+                self.pool.note_end(held, run.name, at_once and code != 0, run.left_behind is not None)
             else:
                 # When its locks end is for the kernel, and from here on it is a run that we found. One that kills its
                 # own group each time would go round for ever: the second time counts as its end.

@@ -3201,7 +3201,7 @@ def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
 
 def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(gpus, queue, monkeypatch, capsys):
     gpus.have(1)
-    monkeypatch.setattr(ResourcePoolGPU, 'lingers', 3.0)
+    monkeypatch.setattr(fastgpu, 'SHOWS', 3.0)
     queue.add('a.sh', f'({queue.gate()}) & echo $!')
     queue.add('b.sh', 'sleep 1')  # which ends in between on the same GPU
     queue.add('c.sh')
@@ -3578,11 +3578,11 @@ def test_a_rest_is_seen_by_others_gets_longer_and_ends_with_a_script_that_works(
     monkeypatch.setattr(fastgpu.time, 'monotonic', lambda: now[0])
     pool, other = ResourcePoolGPU(queue.path), ResourcePoolGPU(queue.path)
     for name in 'ab':
-        pool.note_end([0], name, True)
-    pool.note_end([0], 'c', False)
+        pool.note_end([0], name, True, False)
+    pool.note_end([0], 'c', False, False)
     for name in 'def':
         assert pool.is_available(0)
-        pool.note_end([0], name, True)
+        pool.note_end([0], name, True, False)
     assert not pool.is_available(0)
     assert not other.is_available(0)
     assert re.fullmatch('busy: rests for 0:01:00: d, e, f failed at once, at .*', other.reasons[0])
@@ -3594,12 +3594,12 @@ def test_a_rest_is_seen_by_others_gets_longer_and_ends_with_a_script_that_works(
         while not pool.is_available(0):
             now[0] += 1
         lengths.append(now[0] - began)
-        pool.note_end([0], name, True)
+        pool.note_end([0], name, True, False)
     assert lengths == [60, 120, 240, 480, 960, 1920, 3600, 3600]
     now[0] += 3600
     assert pool.is_available(0)
-    pool.note_end([0], 'o', False)
-    pool.note_end([0], 'p', True)
+    pool.note_end([0], 'o', False, False)
+    pool.note_end([0], 'p', True, False)
     assert pool.is_available(0)
 
 
