@@ -266,7 +266,8 @@ def check_safe(path: Path, folders: list[Path]) -> None:
         status = folder.stat()
         if status.st_uid != me and not (folder == path and status.st_uid == 0):
             owner, mend = user_name(status.st_uid), f'chown -R {user_name(me)} {shlex.quote(str(path))}'
-            raise FastgpuError(shown(f'{folder} belongs to {owner}: run it as {owner}, or make it yours: sudo {mend}'))
+            raise FastgpuError(shown(f'{folder} belongs to {owner}: run it as {owner}, take a --path of your own, or '
+                                     f'make it yours: sudo {mend}'))
         # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
         if others_can_write(status) and not (folder == path and status.st_mode & stat.S_ISVTX):
             unsafe.append(shlex.quote(str(folder)))
@@ -438,11 +439,12 @@ class Queue:
 
     def check_is_there(self) -> None:
         """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since we saw it first."""
-        now = map(os.stat, (self.path, self.to_run, self.running))
-        if all(map(os.path.samestat, self._identity, now)):
+        same = list(map(os.path.samestat, self._identity, map(os.stat, (self.path, self.to_run, self.running))))
+        if all(same):
             return
         with contextlib.suppress(FileNotFoundError), open(open_quietly(self.alive), 'rb') as file:
-            if self._token and file.read(16) == self._token:  # sshfs numbers its files anew when the server was away
+            # sshfs numbers all its files anew when the server was away.
+            if self._token and not any(same) and file.read(16) == self._token:
                 return
         raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
 
@@ -486,15 +488,9 @@ class Queue:
 
     def pollers(self) -> list[int]:
         """Return the pids of the pollers of this host that are alive."""
-        pids, ranges = [], [(0, 1 << 22)]  # as many as there can be, proc(5)
-        with contextlib.suppress(OSError), open(open_quietly(self.alive)) as file:
-            while ranges:
-                first, end = ranges.pop()
-                pid = Place(self.alive, first, end - first).locked_byte(file.fileno()) if first < end else None
-                if pid is not None:  # it is one of them, and not always the first
-                    pids.append(pid)
-                    ranges += [(first, pid), (pid + 1, end)]
-        return sorted(pids)
+        with contextlib.suppress(OSError), open(open_quietly(self.alive), 'rb', 0) as file:
+            return Place(self.alive, 0, 1 << 22).all_locked(file.fileno())  # as many as there can be, proc(5)
+        return []
 
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run:
         """Move `script` from to_run to running, under the first name that no run had yet. Raises what `Run.claim` does.
@@ -509,8 +505,12 @@ class Queue:
 # --- Locks: bytes of a file, which a child inherits, and which the kernel gives back with the last who holds them ---
 
 def open_quietly(path: StrPath, flags: int = os.O_RDONLY) -> int:
-    """Open what may be anything, a link or a FIFO, without following it or waiting for it. Raises OSError."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    """Open what may be anything, without following or waiting for it. Raises OSError, also for all but a file."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        close(fd)
+        raise OSError(errno.EISDIR, 'is not a file', str(path))
+    return fd
 
 
 def close(fd: int) -> None:
@@ -537,18 +537,17 @@ def open_lock(path: StrPath) -> int:
             return open_lock(path)
         finally:
             os.umask(mask)
-    status = os.fstat(fd)
     # A second name could be a file of ours, which we would write to (fs.protected_hardlinks).
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+    if os.fstat(fd).st_nlink > 1:
         close(fd)
-        raise OSError(errno.EINVAL, 'is not a lock file, or has a second name', str(path))
+        raise OSError(errno.EINVAL, 'is not a lock file: it has a second name', str(path))
     return fd
 
 
 def since_when(note: str) -> str:
     """Return what there is to add to a note `runs NAME of USER (pid PID, PATH)` of a script that has ended, or ''."""
     match = re.fullmatch(r'runs (.+) of \S+ \(pid \d+, (/.+)\)', note)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # anybody can write to it what is no path
         ago = time.time() - os.stat(f'{match[2]}/out/{match[1]}.exitcode').st_mtime if match else 0
         if ago > OVERDUE:
             return f', which ended {duration(ago)} ago: its poller stands still (Ctrl-Z?), or a daemon of it lives'
@@ -589,6 +588,10 @@ class Place(NamedTuple):
             self._call(fd, fcntl.F_OFD_SETLK, kind)
         except (BlockingIOError, PermissionError):  # POSIX and fcntl(2) allow both EAGAIN and EACCES for "held"
             return False
+        return self.is_in(fd)
+
+    def is_in(self, fd: int) -> bool:
+        """Return whether its path leads to the open file `fd`. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(fd), os.stat(self.path, follow_symlinks=False))
         return False
@@ -597,20 +600,35 @@ class Place(NamedTuple):
         """Give it back, also if a daemon that a script left behind still has the file open. Raises OSError."""
         self._call(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK)
 
-    def locked_byte(self, fd: int) -> int | None:
-        """Return the first byte of it that others have, None where there is none. Takes nothing. Raises OSError."""
-        kind, _, first, _, _ = struct.unpack(FLOCK, self._call(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK))
-        return None if kind == fcntl.F_UNLCK else int(first)
+    def locked(self, fd: int) -> list[int]:
+        """Return where a lock begins that others have on it or a part of it, and where it ends, [] where there is none.
+
+        Takes nothing. Raises OSError.
+        """
+        kind, _, first, number, _ = struct.unpack(FLOCK, self._call(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK))
+        end = self.first + self.number
+        return [] if kind == fcntl.F_UNLCK else [max(first, self.first), min(first + number, end) if number else end]
+
+    def all_locked(self, fd: int) -> list[int]:
+        """Return where each lock begins that others have on a part of it. Raises OSError."""
+        found, parts = [], [(self.first, self.first + self.number)]
+        while parts:
+            first, end = parts.pop()
+            lock = Place(self.path, first, end - first).locked(fd) if first < end else []
+            if lock:  # it is one of them, and not always the first
+                found.append(lock[0])
+                parts += [(first, lock[0]), (lock[1], end)]
+        return sorted(found)
 
     def holder(self, fd: int) -> str:
         """Return who has it or a part of it, by what they wrote in the open file `fd`, '' where nobody has it.
 
         That is for people only: anybody can write to the file. Raises OSError.
         """
-        byte = self.locked_byte(fd)
-        if byte is None:
+        lock = self.locked(fd)
+        if not lock:
             return ''
-        note = os.pread(fd, NOTE, NOTE * byte).decode('utf-8', 'replace').strip('\0\n ')
+        note = os.pread(fd, NOTE, NOTE * lock[0]).decode('utf-8', 'replace').strip('\0\n ')
         who = note.replace(f' of {user_name(os.getuid())} (', ' of yours (') + since_when(note)
         return shown(who or f'locked, and not by fastgpu (fuser -v {self.path} tells by whom)')
 
@@ -655,11 +673,13 @@ class Line:
         self.fd = -1  # has our place
         self._since = 0
 
-    def join(self) -> None:
-        """Wait, behind all who do; where there can be no lock, without a place in the line."""
-        if self.fd < 0:
-            self._since = self.base + time.monotonic_ns() // 1000
-            with contextlib.suppress(OSError):
+    def join(self, now: int) -> None:
+        """Wait, if we do not yet, since `now`, in ns; where there can be no lock, without a place in the line."""
+        with contextlib.suppress(OSError):
+            if self.fd >= 0 and not Place(self.path).is_in(self.fd):  # somebody removed the file
+                self.leave()
+            if self.fd < 0:
+                self._since = self.base + now // 1000
                 self.fd = Place(self.path, self._since, 1).take()
 
     def leave(self) -> None:
@@ -668,10 +688,10 @@ class Line:
         if fd >= 0:
             close(fd)
 
-    def has_others_before_us(self, fd: int) -> bool:
-        """Return whether somebody waits there, in the open file `fd`, and has longer than we. Raises OSError."""
+    def before_us(self, fd: int) -> int:
+        """Return how many wait there, in the open file `fd`, and have longer than we. Raises OSError."""
         ours = self._since if self.fd >= 0 else self.base + time.monotonic_ns() // 1000
-        return Place(self.path, self.base, ours - self.base).locked_byte(fd) is not None
+        return len(Place(self.path, self.base, ours - self.base).all_locked(fd))
 
 
 # --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
@@ -680,13 +700,16 @@ class Line:
 # the status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is
 # ignored, is not inherited by what it runs. Where the shell cannot even fork it exits with NOT_STARTED. `set +e` is
 # for an environment with SHELLOPTS=errexit, the long names are for one that has short ones; none has the word fastgpu,
-# since people type `pkill -f fastgpu`. Where out/ is not there, moved by a person or because a file server is away, it
-# tries for a minute; not where only the disk is full, since the poller that waits for the shell knows what it writes.
+# since people type `pkill -f fastgpu`. It has the folder of the file open, and writes there even if the queue moves,
+# or by its name where it was made anew. Where a file server is away it tries for a minute; not where only the disk is
+# full, since the poller that waits for the shell knows what it writes.
 NOT_STARTED, NO_PROCESS = 254, 'no process to be had for the script'
-SHIM = ('set +e; _job_file=$1 _job_status= _job_tries=; shift; trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
+SHIM = ('set +e; _job_file=$1 _job_here=$2 _job_status= _job_tries=; shift 2; '
+        'trap : HUP INT QUIT PIPE ALRM TERM USR1 USR2; '
         f'trap \'[ "$_job_status" ] || {{ echo "{NO_PROCESS}" >&2; exit {NOT_STARTED}; }}\' EXIT; '
-        '"$@"; _job_status=$?; _job_write() { printf %s $_job_status >"$_job_file"; } 2>/dev/null; '
-        'until _job_write || { [ -d "${_job_file%/*}" ] && { _job_write; true; }; } || [ ${#_job_tries} = 60 ]; '
+        '"$@"; _job_status=$?; '
+        '_job_write() { printf %s $_job_status >"$_job_here" || printf %s $_job_status >"$_job_file"; } 2>/dev/null; '
+        'until _job_write || { [ -d "${_job_here%/*}" ] && { _job_write; true; }; } || [ ${#_job_tries} = 60 ]; '
         'do _job_tries=x$_job_tries; sleep 1; done; exit $_job_status')
 
 
@@ -863,9 +886,13 @@ class Shim:
         self.ended_at = 0.0  # when we saw that
         self.kill_at: float | None = None  # when its session gets KILL, set when it got TERM
 
-    def start(self, command: Sequence[str], **options: Any) -> None:
-        """Start it for a script whose words are `command`, with these `options` of Popen. Raises OSError."""
-        self.process = subprocess.Popen(['/bin/sh', '-c', SHIM, 'script', self.exitcode, *command],
+    def start(self, command: Sequence[str], out: int, **options: Any) -> None:
+        """Start it for a script whose words are `command`, with the folder `out` open and these `options` of Popen.
+
+        Raises OSError.
+        """
+        here = f'/proc/self/fd/{out}/{os.path.basename(self.exitcode)}'
+        self.process = subprocess.Popen(['/bin/sh', '-c', SHIM, 'script', self.exitcode, here, *command],
                                         stdin=subprocess.DEVNULL, start_new_session=True, **options)
         self.pid = self.process.pid
         with contextlib.suppress(AttributeError, OSError):  # before Linux 5.3, or built for that: the interval does
@@ -881,7 +908,8 @@ class Shim:
         if self.process:
             return self.runs_for_us
         with contextlib.suppress(OSError), open(f'/proc/{self.pid}/cmdline', 'rb') as file:
-            return os.fsencode(self.exitcode) in file.read().split(b'\0')
+            name = os.path.basename(os.fsencode(self.exitcode))  # the queue may have been moved
+            return name in map(os.path.basename, file.read().split(b'\0'))
         return False
 
     def reap(self) -> int | None:
@@ -1023,14 +1051,15 @@ class Run:
         Its record is opened once more, with a lock of its own that only the shim and the script have: it tells us
         whether something of them is left.
         """
-        own = os.open(self.record.place.path, os.O_RDWR)
-        try:
+        with contextlib.ExitStack() as stack:
+            own = os.open(self.record.place.path, os.O_RDWR)
+            stack.callback(close, own)
             self.record.place.asking.lock(own)
-            with open(self.out('stdout'), 'ab', 0) as stdout, open(self.out('stderr'), 'ab', 0) as stderr:
-                self.shim.start(command, stdout=stdout, stderr=stderr, pass_fds=(self.record.fd, own, *locks),
-                                env=environment)
-        finally:
-            close(own)
+            out = os.open(self.queue.out, os.O_PATH | os.O_DIRECTORY)
+            stack.callback(close, out)
+            stdout, stderr = (stack.enter_context(open(self.out(kind), 'ab', 0)) for kind in ('stdout', 'stderr'))
+            self.shim.start(command, out, stdout=stdout, stderr=stderr, env=environment,
+                            pass_fds=(self.record.fd, own, out, *locks))
         self.is_new = True
         self.record['pid'] = self.shim.pid
         with contextlib.suppress(OSError):  # a full disk: while we live, we know it
@@ -1082,7 +1111,7 @@ class Run:
             return ELSEWHERE if self.record else LOST
         same = all(self.record.get(key) == self.queue.here[key] for key in ('boot', 'pids'))
         self.shim.pid = self.record.get('pid') if same else None
-        if self.record.place.locked_byte(self.record.fd) is not None:
+        if self.record.place.locked(self.record.fd):
             return ENDED if self.age() > OVERDUE else RUNS
         # A script can have closed what it inherited, and its shim be killed alone.
         alive = self.code is None and (self.shim.is_alive() or self.shim.was_killed_alone())
@@ -1192,7 +1221,7 @@ class Claims:
         self.asked: Any = None  # what we have the right to ask about just now, which nobody has
         self.kept: list[Any] = []  # what we hold for a script that needs more
         self._wanting = ''  # that script
-        self._ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
+        self.ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
         self._rests: dict[str, tuple[int, float]] = {}  # the locks of what rests because of us, and until when
         self._free_since: dict[Hashable, float] = {}  # what is left to who has waited longer, and since when it is
         self._lines: dict[str, Line] = {}  # in which we wait, by lock file
@@ -1215,7 +1244,7 @@ class Claims:
                 self._free_since.pop(ident, None)
                 path = self.pool.place(ident).path
                 self._line(path).leave()  # to wait for it anew, behind all who do
-                self._ask_at.pop(path, None)  # perhaps that is all that the next script needs
+                self.ask_at.pop(path, None)  # perhaps that is all that the next script needs
                 self._left_at[path] = time.monotonic()
 
     def lend(self, *ids: Any) -> list[int]:
@@ -1261,7 +1290,10 @@ class Claims:
         small scripts, and no two who each hold a part wait for each other. What nobody has and was not available is
         asked about once a second.
         """
-        keep = self._may_keep(number)
+        reasons = self.pool.reasons
+        usable = self.pool.files(ident for ident in self.pool.all_ids()
+                                 if not reasons.get(ident, '').startswith(('unusable', 'busy: rests')))
+        keep = self._may_keep(number) and len(usable) >= number
         if not keep or script != self._wanting:
             self._give_back()
             self._wanting = script
@@ -1280,7 +1312,7 @@ class Claims:
             self._may_keep(1)
             return ids
         for path in self.pool.files(self.pool.all_ids()):
-            self._line(path).join()
+            self._line(path).join(time.monotonic_ns())
         self.sign(self.kept, f'kept for {script}', os.getpid(), f', which needs {number}')
         self.pool.reasons.update(dict.fromkeys(self.kept, shown(f'kept for {script}, which needs {number}')))
         return []
@@ -1296,59 +1328,61 @@ class Claims:
     def take(self, ident: Any, ask: bool = False) -> bool:
         """Lock `ident` if nobody has it; `ask` whether it is available, which one poller at a time may do.
 
-        Then, what somebody has waited for longer than we is left to him, for as long as he needs to see it.
+        Then, what others have waited for longer than we is left to each of them, for as long as he needs to see it. Who
+        does not take what is free waits from then on behind all others.
         """
         place, reasons, fd, now = self.pool.place(ident), self.pool.reasons, -1, time.monotonic()
+        line = self._line(place.path)
         try:
             fd = open_lock(place.path)
             who = place.holder(fd)
             if who:
                 reasons[ident] = f'busy: {who}'
                 self._free_since.pop(ident, None)
-            elif ask and now < self._ask_at.get(place.path, 0):
-                return False  # what was the reason then is still the reason
-            elif (ask and self._line(place.path).has_others_before_us(fd)
-                    and now < self._free_since.setdefault(ident, now) + STEP_BACK):
+            elif ask and now < self.ask_at.get(place.path, 0):
+                line.leave()  # what was the reason then is still the reason
+            elif ask and now < self._free_since.setdefault(ident, now) + STEP_BACK * line.before_us(fd):
                 return False
             elif place.asking.lock(fd):
                 reasons[ident], self.asked = '', ident
                 if ask and not self.pool.is_available(ident):
-                    self._ask_at[place.path] = time.monotonic() + LOOK_AROUND
+                    self.ask_at[place.path] = time.monotonic() + LOOK_AROUND
+                    self._free_since.pop(ident, None)
+                    line.leave()
                 elif place.lock(fd):
                     self.locks[ident] = fd
                     self.sign([ident], f'starts {self._wanting}' if self._wanting else 'a lock', os.getpid())
                     place.asking.unlock(fd)
-                    self._line(place.path).leave()
-            return ident in self.locks
+                    line.leave()
+            elif ask and now > self._free_since[ident] + OVERDUE:
+                reasons[ident] = f'busy: another poller asks the driver, without an answer (fuser -v {place.path})'
         except OSError as error:
             reasons[ident] = f'unusable: {explain(error)}'
-            return False
         finally:
             self.asked = None
             if fd >= 0 and self.locks.get(ident) != fd:
                 close(fd)
+        return ident in self.locks
 
     def was_left_just_now(self, ident: Any) -> bool:
         """Return whether a script of ours ended there so short a time ago that its memory may still be in use."""
         return time.monotonic() < self._left_at.get(self.pool.place(ident).path, -LINGER) + LINGER
 
-    def ask_anew(self) -> None:
-        """Ask at once about what was not available a moment ago."""
-        self._ask_at.clear()
-
     def _give_back(self) -> None:
         """Give back what is kept for a script. What of it is free is not asked about again at once."""
         ids, self.kept = self.kept, []
         self.unlock(*ids)
-        self._ask_at.update(dict.fromkeys(self.pool.files(ids), time.monotonic() + LOOK_AROUND))
+        self.ask_at.update(dict.fromkeys(self.pool.files(ids), time.monotonic() + LOOK_AROUND))
 
     def _may_keep(self, number: int) -> bool:
         """Return whether we need several, and nobody who does has waited longer for any that we could use."""
+        now = time.monotonic_ns()  # the same for all: so whoever came first is first everywhere
         if number > 1 and not self._several:
-            self._several = [Line(path, SEVERAL) for path in self.pool.files(self.pool.all_ids())]
+            self._several = [Line(path, SEVERAL) for path in sorted(self.pool.files(self.pool.all_ids()))]
         for line in self._several:
-            line.join() if number > 1 else line.leave()
-        return number > 1 and all(line.fd >= 0 and not line.has_others_before_us(line.fd) for line in self._several)
+            line.join(now) if number > 1 else line.leave()
+        joined = [line for line in self._several if line.fd >= 0]
+        return len(joined) >= number > 1 and not any(line.before_us(line.fd) for line in joined)
 
     def _line(self, path: str) -> Line:
         """Return the line of those who wait at a lock file."""
@@ -1440,7 +1474,7 @@ class ResourcePoolBase:
 
         Until it got one it has a place in the line of those who wait.
         """
-        self.claims.ask_anew()
+        self.claims.ask_at.clear()
         ident = next(iter(self.claims.take_some(1)), None)
         if ident is not None:
             self.claims.leave()
@@ -1553,7 +1587,7 @@ class Nvml:
         with warnings.catch_warnings():  # the old package pynvml, which may be here too, has one for its users
             warnings.simplefilter('ignore')
             import pynvml  # here, because a pool of another kind needs none
-        if not hasattr(pynvml, 'nvmlDeviceGetComputeRunningProcesses_v2'):
+        if not (hasattr(pynvml, 'nvmlDeviceGetComputeRunningProcesses_v2') and hasattr(pynvml, 'nvmlMemory_v2')):
             raise ImportError('the module pynvml is too old')
         self._nvml: Any = pynvml
         self._up = False
@@ -1699,12 +1733,17 @@ class NvidiaSmi:
             raise GpuError('nvidia-smi cannot reach it')
         kinds: dict[str, dict[int, float | None]] = {'C': {}, 'G': {}}
         for process in seen.iter('process_info'):
-            for kind in set(process.findtext('type', 'C')) & set(kinds):
-                kinds[kind][int(process.findtext('pid', '0'))] = mebibytes(process.findtext('used_memory'))
+            pid = process.findtext('pid', '')
+            if not pid.isdecimal():
+                raise GpuError(f'nvidia-smi tells a process as {pid}')
+            for kind in set(process.findtext('type', 'C')) & set(kinds) or 'C':
+                kinds[kind][int(pid)] = mebibytes(process.findtext('used_memory'))
+        are_told = 'N/A' not in seen.findtext('processes', 'N/A')
         action = seen.findtext('gpu_recovery_action', '').lower()
         return Usage(used=mebibytes(seen.findtext('fb_memory_usage/used')),
                      total=mebibytes(seen.findtext('fb_memory_usage/total')),
-                     compute=kinds['C'], graphics=kinds['G'], mode=seen.findtext('compute_mode', 'Default'),
+                     compute=kinds['C'] if are_told else None, graphics=kinds['G'],
+                     mode=seen.findtext('compute_mode', 'Default'),
                      action=action if re.search('reset|reboot', action) else '')
 
     def _ask(self, *args: str) -> Any:
@@ -1818,13 +1857,11 @@ def gpus_wanted(script: StrPath) -> int:
     for line in itertools.takewhile(lambda line: line.startswith('#') or not line.strip(), head.splitlines()):
         asked = re.sub(r'\s#.*', '', line[7:]) if re.match(r'#SBATCH\s', line) else ''
         for option, value in re.findall(r'\s(--gpus-per-node|--gpus|--gres|-G)(?:[=\s]\s*|(?=\d))(\S+)', asked):
-            numbers = []
-            for part in value.split(','):  # 2, a100:2; for --gres also gpu, gpu:a100, gpu:a100:2, and what is no GPU
-                *_, number = part.split(':')
-                if option != '--gres':
-                    numbers.append(number)
-                elif re.match('gpu(:|$)', part):
-                    numbers.append(number if number.isdecimal() else '1')
+            # 2, a100:2; for --gres also gpu, gpu:a100, gpu:a100:2, and what is no GPU
+            parts = [part for part in value.split(',') if option != '--gres' or re.match('gpu(:|$)', part)]
+            numbers = [part.split(':')[-1] for part in parts]
+            if option == '--gres':
+                numbers = [number if number.isdecimal() else '1' for number in numbers]
             if not all(re.fullmatch('[0-9]{1,6}', number) for number in numbers):
                 raise FastgpuError(f'its line "{shown(line.strip())}" does not say how many GPUs')
             wanted[option] = sum(map(int, numbers))
@@ -1880,6 +1917,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         self._driver_gone = False
         self._said: set[str] = set()  # what is said once
         self._failed: dict[str, list[str]] = {}  # the last scripts in a row that failed at once, by UUID
+        self._rested: dict[str, int] = {}  # how often in a row it rested
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
 
@@ -1945,7 +1983,7 @@ class ResourcePoolGPU(ResourcePoolBase):
             self._say_once('pids', f'gpu {gpu.index} does not tell its processes: its memory alone decides')
         if used is None:
             self._say_once('memory', f'gpu {gpu.index} shares the memory of the machine: that of its processes counts')
-            untold = [pid for pid, memory in processes.items() if memory is None and pid not in pids]
+            untold = [pid for pid, memory in processes.items() if memory is None and (is_shared or pid not in pids)]
             if untold:
                 return f'busy: {process_text(untold[0])} does not tell its memory'
             used = sum(memory or 0 for memory in processes.values())
@@ -1977,11 +2015,14 @@ class ResourcePoolGPU(ResourcePoolBase):
             failed.append(name)
             if not failed_at_once:
                 failed.clear()
+                self._rested[gpu.uuid] = 0
             if len(failed) >= 3 and not self.claims.why_rests(ident):
-                seconds = min(3600, 60 * 2 ** (len(failed) - 3))
-                text = f'rests for {duration(seconds)}: {", ".join(failed[-3:])} failed at once'
+                seconds = min(3600, 60 << self._rested.get(gpu.uuid, 0))
+                self._rested[gpu.uuid] = min(9, self._rested.get(gpu.uuid, 0) + 1)
+                until = time.strftime('%H:%M:%S', time.localtime(time.time() + seconds))
+                text = f'rests until {until}: {", ".join(failed[-3:])} failed in a row, each within {AT_ONCE:.0f} s'
                 log(f'gpu {gpu.index} {text} (their .stderr in out tells why; mv fail/NAME to_run/ runs one again)')
-                self.claims.rest([ident], seconds, f'{text}, at {time.strftime("%H:%M:%S")}')
+                self.claims.rest([ident], seconds, text)
 
     def _say_once(self, about: str, text: str) -> None:
         """Log the first `text` about this."""
@@ -2025,7 +2066,7 @@ class News:
 
     def __init__(self) -> None:
         self._said: dict[Hashable, str] = {}
-        self._quiet_until: dict[Hashable, float] = {}
+        self._quiet_until: dict[Hashable, float] = {}  # about what is said with a pause
 
     def say(self, about: Hashable, text: str, pause: float = 0) -> None:
         """Log `text` unless it is what was last said about this, but for amounts, which always change.
@@ -2208,7 +2249,7 @@ class Runs(dict[str, Run]):
             if code >= 0:
                 self.pool.unlock(*held)
                 self._cuts.pop(run.script, None)
-                if run.record.place.asking.locked_byte(run.record.fd) is not None:
+                if run.record.place.asking.locked(run.record.fd):
                     run.record['left_behind'] = run.left_behind = pids_with(run.record.place.path)
                 at_once = time.time() - run.record['started'] < AT_ONCE and run.shim.kill_at is None
                 self.pool.note_end(held, run.name, at_once and code != 0, run.left_behind is not None)
@@ -2523,10 +2564,8 @@ class Poller:
         if self.runs:  # of an earlier poller, or not to be killed
             log(f'still running, and the next fastgpu_poll files it: {shown(shlex.join(self.runs))}')
         if self.runs.tally.done() or left:
-            lines = self.runs.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left))
-            log(f'{shown(self.queue.host)}: ' * self.runs.many_hosts + lines[0])
-            for line in lines[1:]:
-                log(line)
+            for line in self.runs.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left)):
+                log(f'{shown(self.queue.host)}: ' * self.runs.many_hosts + line)
         elif not self.runs:
             log(f'nothing to run in {shown(self.queue.to_run)}' + ', which was made just now' * self.queue.is_new)
         if failed:
@@ -2545,29 +2584,25 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     Takes nothing and changes nothing. Raises OSError where a folder cannot be read.
     """
     queue = pool.queue
-    if queue.is_new:
+    if queue.is_new and not isinstance(pool, ResourcePoolGPU):
         raise FastgpuError(f'{shown(queue.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
-    waiting = scripts_in(queue.to_run)
+    waiting = {} if queue.is_new else scripts_in(queue.to_run)
     names = {folder.name: names_in(folder) if folder.exists() else []  # before the first poller made them
              for folder in (queue.running, queue.complete, queue.fail)}
     pollers = queue.pollers()
     rows = {f'{pool.kind} {ident}': {'kind': pool.kind, 'id': ident, 'name': pool.label(ident), 'script': None,
                                      'user': None, 'seconds': None, **pool.look(ident)} for ident in pool.all_ids()}
-    runs, elsewhere = [], []
-    for name in names['running']:
-        run, state = look_at_run(queue, name)
-        runs.append(run)
-        if state in (ELSEWHERE, LOST):
-            elsewhere.append(run)
-            continue
-        for ident in run['ids']:
+    runs = [look_at_run(queue, name) for name in names['running']]
+    elsewhere = [run for run in runs if run['state'] in (ELSEWHERE, LOST)]
+    for run in runs:
+        for ident in run['ids'] if run not in elsewhere else ():
             new = {'kind': run['kind'] or 'resource', 'id': ident, 'name': ident}
             row = rows.setdefault(f'{run["kind"]} {ident}', new)
-            row.update({key: run[key] for key in ('script', 'user', 'seconds')}, state='running', reason=None)
-            if state == ENDED:
+            row.update(script=run['script'], user=run['user'], seconds=run['seconds'], state='running', reason=None)
+            if run['state'] == ENDED:
                 row.update(state='ended', seconds=None, reason='the next fastgpu_poll files it')
     ended = names['complete'] + names['fail']
-    some = [look_at_run(queue, name)[0] for name in ended[::len(ended) // 100 + 1]]
+    some = [look_at_run(queue, name) for name in ended[::len(ended) // 100 + 1]]
     known = [run['seconds'] for run in some + runs if run['seconds'] is not None]
     left = None
     if pollers and ended and known and (waiting or runs):
@@ -2584,8 +2619,8 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
         'seconds_left': left}
 
 
-def look_at_run(queue: Queue, name: str) -> tuple[dict[str, Any], str]:
-    """Return what the record of the run `name` says and how long it took or has taken, and its `Run.state`."""
+def look_at_run(queue: Queue, name: str) -> dict[str, Any]:
+    """Return what the record of the run `name` says, its `Run.state`, and how long it took or has taken."""
     run, state, user = Run(queue, name), LOST, None
     with contextlib.suppress(OSError):
         state = run.state()
@@ -2595,7 +2630,7 @@ def look_at_run(queue: Queue, name: str) -> tuple[dict[str, Any], str]:
     with contextlib.suppress(KeyError, TypeError):  # no record, or an edited one
         seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
     return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
-            'pid': record.get('pid'), 'user': user, 'seconds': seconds}, state
+            'pid': record.get('pid'), 'user': user, 'seconds': seconds, 'state': state}
 
 
 def screen(status: dict[str, Any]) -> str:
@@ -2710,9 +2745,11 @@ def parse(args: list[str] | None) -> argparse.Namespace:
             users = ' and '.join(f'--{mode}' if mode != 'poll' else 'the fastgpu_poll that runs the scripts'
                                  for mode, names in MODES.items() if name in names)
             parser.error(f'--{name.replace("_", "-")} does nothing{place or " here"}: it is for {users}')
-    first = (options.add or options.run or [''])[0]
+    first, *more = options.add or options.run or ['']
     if first.startswith('-') or options.run == []:
-        parser.error(f'--{options.mode} takes a command' + (f': put {first} before --{options.mode}' if first else ''))
+        parser.error(f'--{options.mode} takes a command; options stand before it')
+    if ' ' in first and not more and not shutil.which(first):
+        parser.error(f'--{options.mode} takes words: {first}   or a line of shell: sh -c {shlex.quote(first)}')
     return options
 
 
@@ -2745,7 +2782,7 @@ def check_path(path: str) -> None:
 
 def title(command: str) -> str:
     """Return what tells a `command` from others, for the name of a file: its words without paths, quotes and dashes."""
-    text = re.sub(r'[^\s=]*/', '', command.replace('"', '').replace("'", ''))
+    text = re.sub(r'[^\s=]*/', '', command[:500].replace('"', '').replace("'", ''))
     return re.sub('[^A-Za-z0-9._]+', '-', re.sub(r'^\s*python[0-9.]*\s', '', text)).strip('-.')[:40].strip('-.')
 
 
@@ -2765,7 +2802,8 @@ def add_scripts(path: StrPath, commands: Sequence[str], gpus: int = 1) -> list[s
     head = '#!/bin/sh\n' + f'#SBATCH --gpus={gpus}\n' * (gpus > 1) + f'cd {shlex.quote(os.getcwd())} || exit\n'
     head += f'export {" ".join(kept)}\n' * bool(kept)
     draft = queue.to_run / f'.job-{queue.host}-{os.getpid()}'
-    last = os.fdopen(open_lock(f'{queue.path}/.job.lock'), 'r+', errors='replace')  # the number that was given last
+    # In it is the number that was given last.
+    last = os.fdopen(os.open(queue.path / '.job.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+', errors='replace')
     try:
         fcntl.flock(last, fcntl.LOCK_EX)  # one at a time, so that the commands of one stay together
         numbers = re.findall('^[0-9]{1,9}', last.read(9)) + [
@@ -2807,7 +2845,8 @@ def main(args: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
     try:
         options = parse(args)
-        check_path(options.path)
+        if options.mode != 'run':
+            check_path(options.path)
         if options.mode == 'add':
             commands = [shlex.join(options.add)] if options.add else read_commands()
             text = ''.join(f'{shown(name)}\n' for name in add_scripts(options.path, commands, options.gpus))
@@ -2854,9 +2893,12 @@ def become(options: argparse.Namespace) -> int:
     """Wait until GPUs are free, and become the command of --run, which then holds them; return why that failed."""
     name = options.run[0]
     if not shutil.which(name):
-        write(sys.stderr, f'fastgpu_poll: there is no command {shown(name)}\n')
-        return 127
+        is_there = '/' in name and os.path.exists(name)
+        what = f'{name} cannot be executed: chmod +x' if is_there else f'there is no command {name!r}'
+        write(sys.stderr, shown(f'fastgpu_poll: {what}') + '\n')
+        return 126 if is_there else 127
     pool, news = find_pool(options, only_look=True), News()
+    pool.rests = False  # that is for queues
     most = len(pool.files(pool.all_ids()))
     if options.gpus > most:
         raise FastgpuError(f'--gpus {options.gpus} asks for more GPUs than there are: {most}')
@@ -2881,8 +2923,9 @@ def find_pool(options: argparse.Namespace, only_look: bool = False) -> ResourceP
         return FixedWorkerPool(range(options.workers), options.path, only_look)
     try:
         return ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look)
-    except FastgpuError:
+    except FastgpuError as error:
         if options.mode == 'status':
+            write(sys.stderr, f'fastgpu_poll: no GPUs are shown: {explain(error)}\n')
             return FixedWorkerPool([], options.path, only_look)
         raise
 
