@@ -4450,8 +4450,8 @@ def test_a_path_that_cannot_be_written_is_refused():
         assert f'fastgpu_poll: {path}/to_run: Permission denied' in refused(path, as_nobody)
         fastgpu.setup_dirs(path)
         nobody = fastgpu.user_name(65534)
-        assert refused(path, as_nobody) == (f'fastgpu_poll: {path}/to_run belongs to root: run it as root, take a --path of your '
-                                            f'own, or make it yours: sudo chown -R {nobody} {shlex.quote(path)}\n')
+        said = f'{path}/to_run belongs to root: run it as root, take a --path of your own, or make it yours: sudo chown'
+        assert refused(path, as_nobody) == f'fastgpu_poll: {said} -R {nobody} {shlex.quote(path)}\n'
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder to somebody else')
