@@ -16,6 +16,8 @@ are such GPUs. A script that ended with status 0 lies in ./complete, any other i
     import fastgpu
     fastgpu.ResourcePoolGPU('.').poll_scripts()
 
+`fastgpu_poll --run CMD` is one command on the next free GPU, without any folder.
+
 How it works, and why nothing is lost, in the order in which it happens to a script:
 
 - It is in exactly one of to_run, running, complete and fail, and nothing but a rename ever moves it.
@@ -23,16 +25,19 @@ How it works, and why nothing is lost, in the order in which it happens to a scr
   users of the host share: those of fcntl(2) that belong to an open file. The kernel drops them with the last who has
   that file open, so none is ever left over; and a file has many, one per byte: a place on the GPU, all of them, or
   the right to ask the driver whether it is free, so that what it answers stays true until the place is taken.
+- Who waits for a GPU holds a byte of its file too, whose number is the time since when: who has waited longest goes
+  first, whatever queue or user it is, and whose script has just left it waits behind all. Who needs several and has
+  waited longest of all such keeps those that it gets.
 - The run reserves its name by creating out/NAME.json with O_EXCL, and locks that record; then the script moves to
   running. So two pollers never take the same script, and a name in running, complete, fail and out means one run, for
   ever: the second run of train.sh is train-1.sh.
 - It runs under one line of /bin/sh, in a session of its own, which writes its exit status to out/NAME.exitcode even if
-  the poller is dead by then. Both have the files of the record and of the GPU open: so the locks last as long as the
-  script does, whatever becomes of the poller.
+  the poller is dead by then, or the queue was moved. Both have the files of the record and of the GPU open: so the
+  locks last as long as the script does, whatever becomes of the poller.
 - When it has ended, its GPU goes to the next script before it is filed: no GPU waits for that.
 - A name in running whose record nobody locks has ended: with an exit status it is filed in complete or fail, without
   one it was cut off and goes back to to_run. Any poller on the same kernel does that (by the boot id in the record),
-  again and again if need be: there is no other state, in memory or on disk, that could be wrong.
+  again and again if need be: what that needs is in the folders and in the kernel, and nothing else could be wrong.
 
 The sections below follow the data: messages, folders, locks, runs, pools of resources, GPUs, the poller with its loop,
 the status, the command.
@@ -1290,10 +1295,7 @@ class Claims:
         small scripts, and no two who each hold a part wait for each other. What nobody has and was not available is
         asked about once a second.
         """
-        reasons = self.pool.reasons
-        usable = self.pool.files(ident for ident in self.pool.all_ids()
-                                 if not reasons.get(ident, '').startswith(('unusable', 'busy: rests')))
-        keep = self._may_keep(number) and len(usable) >= number
+        keep = self._may_keep(number) and len(self.usable()) >= number
         if not keep or script != self._wanting:
             self._give_back()
             self._wanting = script
@@ -1364,6 +1366,12 @@ class Claims:
                 close(fd)
         return ident in self.locks
 
+    def usable(self) -> set[str]:
+        """Return the lock files of what can be used now, or when it is free, as far as we know."""
+        reasons = self.pool.reasons
+        return self.pool.files(ident for ident in self.pool.all_ids()
+                               if not reasons.get(ident, '').startswith(('unusable', 'busy: rests')))
+
     def was_left_just_now(self, ident: Any) -> bool:
         """Return whether a script of ours ended there so short a time ago that its memory may still be in use."""
         return time.monotonic() < self._left_at.get(self.pool.place(ident).path, -LINGER) + LINGER
@@ -1372,6 +1380,7 @@ class Claims:
         """Give back what is kept for a script. What of it is free is not asked about again at once."""
         ids, self.kept = self.kept, []
         self.unlock(*ids)
+        self.pool.reasons.update(dict.fromkeys(ids, ''))
         self.ask_at.update(dict.fromkeys(self.pool.files(ids), time.monotonic() + LOOK_AROUND))
 
     def _may_keep(self, number: int) -> bool:
@@ -2475,8 +2484,7 @@ class Poller:
             return True
         self.news.tell_why(pool, self.runs.where)
         if number > 1:
-            usable = len(pool.files(ident for ident in pool.all_ids()
-                                    if not pool.reasons.get(ident, '').startswith('unusable')))
+            usable = len(pool.claims.usable())
             what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
             self.news.say(name, f'{shown(name)} waits for {what}, and all behind it wait too')
         return False
