@@ -178,7 +178,8 @@ log = Log()
 
 def shown(text: object) -> str:
     """Return `text` with everything escaped that could garble a terminal: control characters, invalid UTF-8."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    text = str(text)
+    return text if text.isprintable() else ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def explain(error: Exception) -> str:
@@ -675,27 +676,31 @@ class Line:
 
     def __init__(self, path: str, base: int) -> None:
         self.path, self.base = path, base
-        self.fd = -1  # has our place
-        self._since = 0
+        self.since = 0  # our place, 0 where we do not wait
+        self.fd = -1  # has it
 
     def join(self, now: int) -> None:
         """Wait, if we do not yet, since `now`, in ns; where there can be no lock, without a place in the line."""
         with contextlib.suppress(OSError):
             if self.fd >= 0 and not Place(self.path).is_in(self.fd):  # somebody removed the file
-                self.leave()
+                close(self.fd)
+                self.fd, self.since = -1, 0
             if self.fd < 0:
-                self._since = self.base + now // 1000
-                self.fd = Place(self.path, self._since, 1).take()
+                self.fd = open_lock(self.path)
+            place = Place(self.path, self.base + now // 1000, 1)
+            if not self.since and place.lock(self.fd):
+                self.since = place.first
 
     def leave(self) -> None:
         """Wait no longer."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            close(fd)
+        since, self.since = self.since, 0
+        if since:
+            with contextlib.suppress(OSError):
+                Place(self.path, since, 1).unlock(self.fd)
 
     def before_us(self, fd: int) -> int:
         """Return how many wait there, in the open file `fd`, and have longer than we. Raises OSError."""
-        ours = self._since if self.fd >= 0 else self.base + time.monotonic_ns() // 1000
+        ours = self.since or self.base + time.monotonic_ns() // 1000
         return len(Place(self.path, self.base, ours - self.base).all_locked(fd))
 
 
@@ -1390,7 +1395,7 @@ class Claims:
             self._several = [Line(path, SEVERAL) for path in sorted(self.pool.files(self.pool.all_ids()))]
         for line in self._several:
             line.join(now) if number > 1 else line.leave()
-        joined = [line for line in self._several if line.fd >= 0]
+        joined = [line for line in self._several if line.since]
         return len(joined) >= number > 1 and not any(line.before_us(line.fd) for line in joined)
 
     def _line(self, path: str) -> Line:
@@ -1564,6 +1569,7 @@ class Gpu:
         self.index, self.uuid, self.model, self.parent, self.error = index, uuid, model, parent, error
         self.ident: Any = index  # what CUDA is told, and people
         self.old_name = ''  # MIG-GPU-UUID/3/0, of an instance
+        self.is_numa: bool | None = None  # whether its memory is a node of the machine's, where the driver was asked
 
     def __repr__(self) -> str:
         return f'<Gpu {self.index} {self.uuid or self.error}>'
@@ -1583,10 +1589,11 @@ UPGRADED = 'the NVIDIA driver was upgraded: reboot, or restart fastgpu_poll once
 ACTIONS = {1: 'reset', 2: 'reboot', 4: 'drain and reset', 6: 'bus reset', 7: 'system reboot'}  # nvml.h, field 230
 
 
-def is_driver_upgraded() -> bool:
-    """Return whether the driver's library that this process has loaded was replaced by another one (proc(5), maps)."""
+def loaded_library() -> tuple[str, int]:
+    """Return the path and the inode of the driver's library as this process has loaded it (proc(5), maps), or ''."""
     with open('/proc/self/maps') as maps:
-        return any('/libnvidia-ml.so' in line and line.endswith(' (deleted)\n') for line in maps)
+        found = re.search(r'(\d+) +(/.*/libnvidia-ml\.so\S*)', maps.read())
+    return (found[2], int(found[1])) if found else ('', 0)
 
 
 class Nvml:
@@ -1600,6 +1607,7 @@ class Nvml:
             raise ImportError('the module pynvml is too old')
         self._nvml: Any = pynvml
         self._up = False
+        self._library: tuple[str, int] | None = None
 
     @contextlib.contextmanager
     def _asking(self, gpu: Gpu | None = None) -> Iterator[Any]:
@@ -1681,7 +1689,9 @@ class Nvml:
 
     def usage(self, gpu: Gpu, between: Callable[[], None]) -> Usage:
         """Return what the driver says of a GPU now; calls `between` between two questions. Raises GpuError."""
-        if is_driver_upgraded():
+        self._library = self._library or loaded_library()
+        path, inode = self._library
+        if path and file_mark(path)[:1] != (inode,):
             raise DriverError(UPGRADED)
         nvml, ask = self._nvml, functools.partial(self._ask, gpu, between)
         # The old one is for drivers before 510, where what the driver reserves counts as used.
@@ -1689,11 +1699,14 @@ class Nvml:
                      nvml.nvmlDeviceGetMemoryInfo)
         # Not the functions without a version: they refuse to work on drivers before 510.
         compute = ask(nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetComputeRunningProcesses_v2)
-        graphics = ask(nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, needed=False)
         mode = ask(nvml.nvmlDeviceGetComputeMode, needed=False)
         field = ask(lambda handle: nvml.nvmlDeviceGetFieldValues(handle, [230])[0], needed=False)
-        is_numa = ask(lambda handle: nvml.nvmlDeviceGetNumaNodeId(handle), needed=False) is not None
-        return Usage(used=None if is_numa or memory is None else memory.used / 2**20,
+        if gpu.is_numa is None:
+            gpu.is_numa = ask(nvml.nvmlDeviceGetNumaNodeId, needed=False) is not None
+        graphics = None  # of interest only where something computes, or tells its memory because the GPU does not
+        if compute or memory is None or gpu.is_numa:
+            graphics = ask(nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, needed=False)
+        return Usage(used=None if gpu.is_numa or memory is None else memory.used / 2**20,
                      total=memory and memory.total / 2**20,
                      compute=None if compute is None else self._memory(compute), graphics=self._memory(graphics or []),
                      mode={1: 'Exclusive_Process', 2: 'Prohibited', 3: 'Exclusive_Process'}.get(mode, 'Default'),

@@ -2200,7 +2200,7 @@ def test_who_waits_longest_is_first_and_is_so_no_longer_when_he_is_killed(tmp_pa
     lines[1].join(2000000)  # anew, behind all
     assert [line.before_us(looker) > 0 for line in lines] == [False, True, True]
     os.close(lines[0].fd)
-    lines[0].fd = -1
+    lines[0].fd, lines[0].since = -1, 0
     assert [line.before_us(looker) > 0 for line in lines] == [True, False, True]
 
 
@@ -2802,7 +2802,7 @@ def test_net_pollers_of_two_hosts_under_kill_9_lose_nothing(net):
     ran = net.dir / f'ran-{time.monotonic_ns()}'
     ran.touch()
     net.fill(path, 150, f'sleep 0.{rng.randrange(3)}; echo $0 >> {ran}')
-    live, deadline = [], time.monotonic() + 20
+    live, deadline = [], time.monotonic() + 15
     while time.monotonic() < deadline:
         live = [poller for poller in live if poller.poll() is None]
         while len(live) < 4:
@@ -3659,12 +3659,15 @@ def test_a_driver_that_was_upgraded_under_a_poller_starts_nothing(gpus, queue, t
     library.write_bytes(b'x' * 4096)
     with open(library, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
         assert pool.is_available(0)
-        library.unlink()
+        (tmp_path / 'new').write_bytes(b'y' * 4096)
+        os.rename(tmp_path / 'new', library)
         assert not pool.is_available(0)
+        assert not pool.is_available(0)
+        library.unlink()
         assert not pool.is_available(0)
     assert capsys.readouterr().err.count(
         'the NVIDIA driver was upgraded: reboot, or restart fastgpu_poll once nvidia-smi works\n') == 1
-    assert pool.is_available(0)
+
 
 
 def test_a_gpu_on_which_three_scripts_in_a_row_fail_at_once_rests_and_its_neighbour_works(gpus, queue):
@@ -5277,7 +5280,7 @@ def test_bench(gpus, tmp_path, monkeypatch, capsys):
         bench.row('cost per script, 64 GPUs', figures[64], 1.5 * figures[2], 'ms', {'2 GPUs': figures[2]})
 
         print(f'\n{"Turns, for 60 s":44}{"least":>9} {"most":>9} share, as a multiple of an even one; s to hand over')
-        for number, have, mixed in itertools.product((1, 2, 3, 5), (1, 4), (False, True)):
+        for number, have, mixed in itertools.product((2, 3, 5), (1, 4), (False, True)):
             gpus.have(have)
             shares, gap = turns(tmp_path, number, 60, mixed)
             what = f'{number} queues, {have} GPUs, {"0.1 to 2 s" if mixed else "0.2 s"}'
