@@ -483,13 +483,14 @@ class Queue:
         fd = open_lock(self.alive)
         try:
             Place(self.alive, os.getpid(), 1).lock(fd)
-            if not os.pread(fd, 16, 0):
-                os.pwrite(fd, os.urandom(16), 0)
-            self._token = os.pread(fd, 16, 0)
         except OSError as error:
             close(fd)
             raise FastgpuError(f'{shown(self.path)}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
                                'newer, and a file system that has locks') from None
+        with contextlib.suppress(OSError):  # a full disk
+            if not os.pread(fd, 16, 0):
+                os.pwrite(fd, os.urandom(16), 0)
+            self._token = os.pread(fd, 16, 0)
         return fd
 
     def pollers(self) -> list[int]:
