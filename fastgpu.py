@@ -2770,7 +2770,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     first, *more = options.add or options.run or ['']
     if first.startswith('-') or options.run == []:
         parser.error(f'--{options.mode} takes a command; options stand before it')
-    if ' ' in first and not more and not shutil.which(first):
+    if ' ' in first and not more and not (shutil.which(first) or os.path.exists(first)):
         parser.error(f'--{options.mode} takes words: {first}   or a line of shell: sh -c {shlex.quote(first)}')
     return options
 
