@@ -1597,7 +1597,7 @@ def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
     assert queue.out('runs-on.sh.stdout') == 'on\n'
     record = queue.record('runs-on.sh')
     assert record['exitcode'] == 8
-    assert record['finished'] == round((queue.path / 'out' / 'runs-on.sh.exitcode').stat().st_mtime, 3)
+    assert abs(record['finished'] - (queue.path / 'out' / 'runs-on.sh.exitcode').stat().st_mtime) < 1
 
 
 @pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGKILL])
