@@ -391,7 +391,7 @@ def rename_new(source: StrPath, target: StrPath) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except FileExistsError:
-        if not is_same(source, target):
+        if not os.path.samestat(os.lstat(source), os.lstat(target)):
             raise
     except OSError:
         if os.path.lexists(target):
@@ -406,6 +406,13 @@ def is_same(one: StrPath, other: StrPath) -> bool:
     with contextlib.suppress(OSError):
         return os.path.samestat(os.lstat(one), os.lstat(other))
     return False
+
+
+def is_fuse(device: int) -> bool:
+    """Return whether a file system is one of FUSE, by its st_dev (proc(5), mountinfo)."""
+    with open('/proc/self/mountinfo', errors='replace') as mounts:
+        number = f'{os.major(device)}:{os.minor(device)}'
+        return any(line.split()[2] == number and ' - fuse' in line for line in mounts)
 
 
 def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
@@ -445,12 +452,12 @@ class Queue:
 
     def check_is_there(self) -> None:
         """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since we saw it first."""
-        same = list(map(os.path.samestat, self._identity, map(os.stat, (self.path, self.to_run, self.running))))
-        if all(same):
+        now = map(os.stat, (self.path, self.to_run, self.running))
+        if all(map(os.path.samestat, self._identity, now)):
             return
         with contextlib.suppress(FileNotFoundError), open(open_quietly(self.alive), 'rb') as file:
-            # sshfs numbers all its files anew when the server was away.
-            if self._token and not any(same) and file.read(16) == self._token:
+            # sshfs numbers its files anew when the server was away.
+            if self._token and is_fuse(os.fstat(file.fileno()).st_dev) and file.read(16) == self._token:
                 return
         raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
 

@@ -2049,6 +2049,17 @@ def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue, ano
     (gates / 'gate-of-all').touch()
 
 
+def test_a_folder_of_the_queue_that_is_replaced_ends_its_poller_and_cancels_nothing(queue):
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1')
+    queue.pid('a.sh')
+    (queue.path / 'running').rename(queue.path / 'running.old')
+    (queue.path / 'running').mkdir()
+    assert poller.wait(30) == 1
+    assert 'cancel' not in poller.log()
+    queue.open_gate()
+
+
 def test_a_script_that_ends_in_a_queue_that_was_moved_keeps_its_status_and_is_known_by_the_next_poller(queue):
     ran = f'{queue.q}-ran'
     for name in 'ab':
@@ -2830,9 +2841,11 @@ def test_net_a_server_that_is_away_for_a_while_costs_no_script(net):
     net.server('stop')
     time.sleep(10)
     net.server('start')
-    assert [poller.wait(120) for poller in pollers] == [0, 0], [poller.log() for poller in pollers]
+    for poller in pollers:
+        assert poller.wait(120) in (0, 1), poller.log()  # 1: it saw for seconds a name that the other one had moved
+        assert 'was moved' not in poller.log().splitlines()[-1]
     for host in 'AB':
-        net.start(host, path).wait(120)
+        assert net.start(host, path).wait(120) == 0
     assert len(net.names(path, 'complete')) == 30
     assert len(ran.read_text().split()) == 30
 
