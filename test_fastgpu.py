@@ -1164,6 +1164,7 @@ def test_no_process_for_a_script_delays_its_start():
                 poller = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', limit),
                                      cwd=MODULE.parent, log=Path(logs) / 'log')
                 until(lambda poller=poller: 'cannot start a.sh now: ' in poller.log())
+                until(lambda: queue.names('out') == [])  # which is after that line
                 tried = (queue.path / 'out').stat().st_mtime_ns
                 time.sleep(0.5)
                 assert (queue.path / 'out').stat().st_mtime_ns == tried  # once a second, not all the time
