@@ -2887,7 +2887,7 @@ def test_net_a_new_name_on_the_same_kernel_files_what_ended(net):
     path = net.new_queue()
     net.fill(path, 1, 'sleep 2; exit 3')
     first = net.start('A', path)
-    until(lambda: net.names(path, 'running'))
+    until(lambda: '"pid"' in net.on('A', 'sh', '-c', f'cat {path}/out/1000.json || true'))
     first.kill()
     first.wait()
     net.on('A', 'hostname', 'another')
