@@ -2027,8 +2027,9 @@ class ResourcePoolGPU(ResourcePoolBase):
         else:
             busy = bool(pids) or used > self.max_used
             rule = '' if pids else f'; free is up to {memory_text(self.max_used)}'
-        users = ', '.join(map(process_text, pids)) or 'no compute process'
-        return f'busy: {memory_text(used)} used by {users}{rule}' if busy else ''
+        if not busy:
+            return ''
+        return f'busy: {memory_text(used)} used by {", ".join(map(process_text, pids)) or "no compute process"}{rule}'
 
     def note_end(self, ids: Iterable[Any], name: str, failed_at_once: bool, left_something: bool) -> None:
         """Let GPUs rest on which three scripts in a row failed at once, or one left something running.
@@ -2041,16 +2042,15 @@ class ResourcePoolGPU(ResourcePoolBase):
             self.claims.rest(ids, SHOWS, text)
         for ident in ids:
             gpu = self._places[ident][0]
-            failed = self._failed.setdefault(gpu.uuid, [])
-            failed.append(name)
+            failed = self._failed[gpu.uuid] = [*self._failed.get(gpu.uuid, []), name][-3:]
             if not failed_at_once:
                 failed.clear()
                 self._rested[gpu.uuid] = 0
-            if len(failed) >= 3 and not self.claims.why_rests(ident):
+            if len(failed) == 3 and not self.claims.why_rests(ident):
                 seconds = min(3600, 60 << self._rested.get(gpu.uuid, 0))
                 self._rested[gpu.uuid] = min(9, self._rested.get(gpu.uuid, 0) + 1)
                 until = time.strftime('%H:%M:%S', time.localtime(time.time() + seconds))
-                text = f'rests until {until}: {", ".join(failed[-3:])} failed in a row, each within {AT_ONCE:.0f} s'
+                text = f'rests until {until}: {", ".join(failed)} failed in a row, each within {AT_ONCE:.0f} s'
                 log(f'gpu {gpu.index} {text} (their .stderr in out tells why; mv fail/NAME to_run/ runs one again)')
                 self.claims.rest([ident], seconds, text)
 
@@ -2578,7 +2578,7 @@ class Poller:
     def loose(self) -> list[Any]:
         """Return the resources that we locked and that no script of ours runs on."""
         used = {ident for run in self.runs.values() for ident in run.held}
-        return [ident for ident in list(self.pool.claims.locks) if ident not in used and ident not in self.lent]
+        return [ident for ident in self.pool.claims.locks if ident not in used and ident not in self.lent]
 
     def sum_up(self) -> int:
         """Log what was done and what was left; return the exit status."""
