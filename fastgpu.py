@@ -34,8 +34,8 @@ How it works, and why nothing is lost, in the order in which it happens to a scr
 - It runs under one line of /bin/sh, in a session of its own, which writes its exit status to out/NAME.exitcode even if
   the poller is dead by then, or the queue was moved. Both have the files of the record and of the GPU open: so the
   locks last as long as the script does, whatever becomes of the poller.
-- When it has ended, its GPU goes to the next script before it is filed: no GPU waits for that.
-- A name in running whose record nobody locks has ended: with an exit status it is filed in complete or fail, without
+- When it has ended, its GPU goes to the next script before it is collected: no GPU waits for that.
+- A name in running whose record nobody locks has ended, and a poller collects it: with an exit status it goes to complete or fail, without
   one it was cut off and goes back to to_run. Any poller on the same kernel does that (by the boot id in the record),
   again and again if need be: what that needs is in the folders and in the kernel, and nothing else could be wrong.
 
@@ -80,7 +80,7 @@ StrPath = Union[str, 'os.PathLike[str]']
 
 JUST_WRITTEN = 0.1  # seconds in which a file that was written to may still be being copied
 LOOK_AROUND = 1.0   # seconds between two looks at the runs of others
-OVERDUE = 3.0       # seconds after which whoever should have filed a script that ended is taken to be dead
+OVERDUE = 3.0       # seconds after which whoever should have collected a script that ended is taken to be dead
 STEP_BACK = 0.25    # seconds for which what is free is left to who has waited longer
 KEPT = 'PATH', 'LD_LIBRARY_PATH', 'PYTHONPATH', 'VIRTUAL_ENV', 'CONDA_PREFIX'  # where programs and libraries are
 AT_ONCE = 10.0      # seconds in which a script fails that could never work, or whose GPU is sick
@@ -125,8 +125,8 @@ class Log:
         self._fd = -1  # stderr, opened once more
 
     def __call__(self, text: str, alarm: bool = False) -> None:
-        """Write `text` and the time, to a file with the date; to a terminal with colours in red if it is an `alarm`."""
-        text = f'{time.strftime("%H:%M:%S" if self._terminal() else "%Y-%m-%dT%H:%M:%S")} {text}'
+        """Write `text`, escaped, and the time, to a file with the date; to a terminal an `alarm` in red."""
+        text = f'{time.strftime("%H:%M:%S" if self._terminal() else "%Y-%m-%dT%H:%M:%S")} {shown(text)}'
         if alarm and self._terminal() and not os.environ.get('NO_COLOR'):
             text = f'\033[31m{text}\033[0m'
         if self._lost and self._write(f'({count(self._lost, "line")} of this log lost: nobody read it)\n'):
@@ -185,10 +185,15 @@ def shown(text: object) -> str:
 def explain(error: Exception) -> str:
     """Return what an error says, for people: an OSError as `file: reason`."""
     if not isinstance(error, OSError) or not error.strerror:
-        return shown(error)
+        return str(error)
     reason = 'is not a folder' if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
     names = ' -> '.join(os.fsdecode(name) for name in (error.filename, error.filename2) if name)
-    return shown(f'{names}: {reason}' if names else reason)
+    return f'{names}: {reason}' if names else reason
+
+
+def complain(text: str) -> None:
+    """Write `text`, escaped, to standard error, as what the command has to say."""
+    write(sys.stderr, f'fastgpu_poll: {shown(text)}\n')
 
 
 def near(path: StrPath) -> str:
@@ -200,7 +205,7 @@ def near(path: StrPath) -> str:
 
 def remark(reason: str, path: StrPath) -> str:
     """Return what a script said last, the `reason` that it failed, and the file that tells more."""
-    return shown(f'{reason or "said nothing"} ({near(path)})')
+    return f'{reason or "said nothing"} ({near(path)})'
 
 
 def duration(seconds: float) -> str:
@@ -214,6 +219,11 @@ def duration(seconds: float) -> str:
 def count(number: int, thing: str) -> str:
     """Return `1 thing` or `2 things`."""
     return f'{number} {thing}' + 's' * (number != 1)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first ten of these `names`, quoted for a shell, and how many more there are."""
+    return shlex.join(names[:10]) + f' and {len(names) - 10} more' * (len(names) > 10)
 
 
 def time_left(mean: float, waiting: int, running: int) -> float:
@@ -272,35 +282,33 @@ def check_safe(path: Path, folders: list[Path]) -> None:
         status = folder.stat()
         if status.st_uid != me and not (folder == path and status.st_uid == 0):
             owner, mend = user_name(status.st_uid), f'chown -R {user_name(me)} {shlex.quote(str(path))}'
-            raise FastgpuError(shown(f'{folder} belongs to {owner}: run it as {owner}, take a --path of your own, or '
-                                     f'make it yours: sudo {mend}'))
+            raise FastgpuError(f'{folder} belongs to {owner}: run it as {owner}, take a --path of your own, or '
+                               f'make it yours: sudo {mend}')
         # Others cannot rename what is ours in a folder like /tmp: restricted deletion flag, chmod(1).
         if others_can_write(status) and not (folder == path and status.st_mode & stat.S_ISVTX):
             unsafe.append(shlex.quote(str(folder)))
     if unsafe:
-        mend = f'chmod go-w {" ".join(unsafe)}'
-        raise FastgpuError(shown(f'others could have their code run as you; mend it with: {mend}'))
+        raise FastgpuError(f'others could have their code run as you; mend it with: chmod go-w {" ".join(unsafe)}')
     for parent in path.parents:
         status = parent.stat()
         if others_can_write(status) and not status.st_mode & stat.S_ISVTX:
-            log(f'warning: others can write to {shown(parent)}, and put another queue in the place of this one')
+            log(f'warning: others can write to {parent}, and put another queue in the place of this one')
 
 
 def check_usable(folders: list[Path]) -> None:
     """Raise FastgpuError, with the remedy, where a queue with these `folders` could not work."""
     for folder in folders:
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise FastgpuError(f'{shown(folder)}: no permission to write there; mend it with: '
-                               + shown(f'chmod u+rwx {shlex.quote(str(folder))}'))
+            raise FastgpuError(f'{folder}: no permission to write there; mend it with: '
+                               f'chmod u+rwx {shlex.quote(str(folder))}')
     for folder in folders[:4]:
         if folder.stat().st_dev != folders[0].stat().st_dev:
-            raise FastgpuError(f'{shown(folder)} is on another file system than {shown(folders[0])}: '
+            raise FastgpuError(f'{folder} is on another file system than {folders[0]}: '
                                'scripts could not be moved between them')
     if os.path.samefile(folders[0], folders[1]):
-        raise FastgpuError(f'{shown(folders[1])} is the same folder as {shown(folders[0])}: '
-                           'make it one of its own')
+        raise FastgpuError(f'{folders[1]} is the same folder as {folders[0]}: make it one of its own')
     if os.statvfs(folders[1]).f_flag & os.ST_NOEXEC:
-        raise FastgpuError(f'{shown(folders[1])} is on a file system mounted noexec: no script can run from there')
+        raise FastgpuError(f'{folders[1]} is on a file system mounted noexec: no script can run from there')
 
 
 # What keeps a file in to_run from being started, where it is more than something to be told.
@@ -408,13 +416,6 @@ def is_same(one: StrPath, other: StrPath) -> bool:
     return False
 
 
-def is_fuse(device: int) -> bool:
-    """Return whether a file system is one of FUSE, by its st_dev (proc(5), mountinfo)."""
-    with open('/proc/self/mountinfo', errors='replace') as mounts:
-        number = f'{os.major(device)}:{os.minor(device)}'
-        return any(line.split()[2] == number and ' - fuse' in line for line in mounts)
-
-
 def safe_rename(file: StrPath, dest: StrPath, name: str | None = None) -> Path:
     """Move `file` into the folder `dest`, as `name` (default: its own); where that is taken, with a number in it.
 
@@ -441,25 +442,18 @@ class Queue:
         self.to_run, self.running, self.complete, self.fail, self.out = self.folders
         self.alive = f'{self.path}/.{self.host}.poller'  # in which each poller of this host locks the byte of its pid
         self._clock = 0.0  # the time of the file system when we looked last
-        self._token = b''  # what is in `alive`
+        self._held: dict[Path, int] = {}  # folders that we have open while we poll
         self.is_new = not os.path.isdir(self.to_run)
         if not only_look:
             if self.path.is_dir():
                 check_safe(self.path, self.folders)
             setup_dirs(self.path)
             check_usable(self.folders)
-            self._identity = [os.stat(folder) for folder in (self.path, self.to_run, self.running)]
 
     def check_is_there(self) -> None:
-        """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since we saw it first."""
-        now = map(os.stat, (self.path, self.to_run, self.running))
-        if all(map(os.path.samestat, self._identity, now)):
-            return
-        with contextlib.suppress(FileNotFoundError), open(open_quietly(self.alive), 'rb') as file:
-            # sshfs numbers its files anew when the server was away.
-            if self._token and is_fuse(os.fstat(file.fileno()).st_dev) and file.read(16) == self._token:
-                return
-        raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
+        """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since `announce`."""
+        if not all(os.path.samestat(os.fstat(fd), os.stat(folder)) for folder, fd in self._held.items()):
+            raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
 
     def mend(self) -> None:
         """Make `complete` and `fail` anew where they are missing, in what is still the queue, if that can be done."""
@@ -482,23 +476,21 @@ class Queue:
                 return time.time()
         return self._clock
 
-    def announce(self) -> int:
-        """Return a file that lets whoever looks know that a poller of this host is alive, until it is closed.
+    def announce(self) -> list[int]:
+        """Return open files that let whoever looks know that a poller of this host is alive, until they are closed.
 
         Raises OSError, and FastgpuError where there are no locks: on a kernel before 3.15, on some file systems.
         """
+        # Open, because sshfs numbers anew, when its server was away, what nobody has open.
+        self._held = {folder: os.open(folder, os.O_PATH) for folder in (self.path, self.to_run, self.running)}
         fd = open_lock(self.alive)
         try:
             Place(self.alive, os.getpid(), 1).lock(fd)
         except OSError as error:
             close(fd)
-            raise FastgpuError(f'{shown(self.path)}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
+            raise FastgpuError(f'{self.path}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
                                'newer, and a file system that has locks') from None
-        with contextlib.suppress(OSError):  # a full disk
-            if not os.pread(fd, 16, 0):
-                os.pwrite(fd, os.urandom(16), 0)
-            self._token = os.pread(fd, 16, 0)
-        return fd
+        return [fd, *self._held.values()]
 
     def pollers(self) -> list[int]:
         """Return the pids of the pollers of this host that are alive."""
@@ -712,7 +704,7 @@ class Line:
         return len(Place(self.path, self.base, ours - self.base).all_locked(fd))
 
 
-# --- Runs: a script, from its claim to where it is filed ------------------------------------------------------------
+# --- Runs: a script, from its claim until it is collected -----------------------------------------------------------
 
 # The shell that runs a script. It outlives the poller, and signals to its group until the script is done; it writes
 # the status of the words after its first to the file that is its first. A trap that is set, unlike a signal that is
@@ -744,20 +736,16 @@ def this_host() -> dict[str, str]:
 
 def parse_record(text: bytes) -> dict[str, Any]:
     """Return the record that is written as `text`; {} where that is none of ours, or what a power cut left of one."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, LookupError, OverflowError, RecursionError):
         record = json.loads(text)
-        script, started = record['script'], float(record['started'])
+        script = record['script']
         os.fsencode(script)
-        if (script == os.path.basename(script) and script[0] != '.' and abs(started) < 1e12
+        times = {key: float(record[key]) for key in ('started', 'finished') if key in record or key == 'started'}
+        if (script == os.path.basename(script) and script[0] != '.' and all(abs(each) < 1e12 for each in times.values())
                 and isinstance(record['host'], str) and isinstance(record['ids'], list)
-                and all(isinstance(ident, (str, int, float)) for ident in record['ids'])):
-            record['started'] = started
-            if 'finished' in record:
-                record['finished'] = float(record['finished'])
-            if isinstance(record.get('pid', 0), int) and abs(record.get('finished', 0)) < 1e12:
-                return dict(record)
-    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
-        pass
+                and all(isinstance(ident, (str, int, float)) for ident in record['ids'])
+                and isinstance(record.get('pid', 0), int)):
+            return {**record, **times}
     return {}
 
 
@@ -807,7 +795,7 @@ def last_line(path: StrPath) -> str:
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         file.seek(-min(4096, os.fstat(file.fileno()).st_size), os.SEEK_END)
         lines = re.split('[\r\n]', file.read().decode('utf-8', 'replace'))  # a progress bar ends in \r
-        return shown(next((line.strip() for line in reversed(lines) if line.strip()), ''))[:200]
+        return next((line.strip() for line in reversed(lines) if line.strip()), '')[:200]
     return ''
 
 
@@ -930,6 +918,16 @@ class Shim:
             return name in map(os.path.basename, file.read().split(b'\0'))
         return False
 
+    def exit_code(self) -> int | None:
+        """Return the exit status of the script as the shim wrote it, or None. Raises OSError.
+
+        An empty file is none: the shim makes the file and then writes to it.
+        """
+        with contextlib.suppress(FileNotFoundError), open(self.exitcode, 'rb') as file:
+            text = file.read(8)
+            return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None
+        return None
+
     def reap(self) -> int | None:
         """Return how it ended, if it is our child and just did: its status, or -N if signal N killed it; else None.
 
@@ -983,7 +981,7 @@ class Shim:
 
 
 NO_CHILD = -999
-RUNS, ENDED, ELSEWHERE, LOST = 'runs', 'ended', 'elsewhere', 'lost'
+RUNS, ENDED, ELSEWHERE, LOST = 'running', 'ended', 'elsewhere', 'lost'
 
 
 class Run:
@@ -1085,16 +1083,6 @@ class Run:
 
     # Its end.
 
-    def exit_code(self) -> int | None:
-        """Return its exit status as the shim wrote it, or None. Raises OSError.
-
-        An empty file is none: the shim makes the file and then writes to it.
-        """
-        with contextlib.suppress(FileNotFoundError), open(self.out('exitcode'), 'rb') as file:
-            text = file.read(8)
-            return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None
-        return None
-
     def age(self) -> float:
         """Return the seconds since it ended, by one clock: ours for our child, else that of its files."""
         if self.shim.process:
@@ -1113,7 +1101,7 @@ class Run:
         """
         if self.shim.runs_for_us:
             return RUNS
-        self.code = self.exit_code()
+        self.code = self.shim.exit_code()
         if self.shim.process:
             return ENDED
         try:
@@ -1134,17 +1122,6 @@ class Run:
         # A script can have closed what it inherited, and its shim be killed alone.
         alive = self.code is None and (self.shim.is_alive() or self.shim.was_killed_alone())
         return RUNS if alive else ENDED
-
-    def advice(self, state: str) -> str:
-        """Return what there is to say of a run in a `state`, if it is not ours, to who waits for it."""
-        if state == RUNS:
-            return shown(f'waiting for {self.name}, which runs without this poller')
-        folder = self.queue.to_run if self.code is None else self.queue.fail if self.code else self.queue.complete
-        mend = f'mv {shlex.quote(self.path)} {shlex.quote(str(folder))}/'
-        if state == LOST:
-            return shown(f'{self.path} has no record in out; if nothing runs it: {mend}')
-        how = 'runs' if self.code is None else f'ended ({describe(self.code)})'
-        return shown(f'{self.name} {how} on {self.record["host"]}; if no fastgpu_poll will run there again: {mend}')
 
     def is_taken_out(self) -> bool:
         """Return whether it is certainly no longer in running/: not if the folder is gone too, or cannot be read."""
@@ -1181,12 +1158,12 @@ class Run:
         return max(0.0, self.finished - max(since, started))
 
     def settle(self) -> tuple[str, str]:
-        """File it, if it has ended and its record is ours, in complete, fail or to_run, by its exit `code`.
+        """Move it, if it has ended and its record is ours, to complete, fail or to_run, by its exit `code`.
 
         Each step can be repeated: a crash between two leaves what the next settle completes. Returns the folder it
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
-        name, record, queue = shown(self.name), self.record, self.queue
+        name, record, queue = self.name, self.record, self.queue
         if self.code is None and not self.was_started():
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
@@ -1199,14 +1176,14 @@ class Run:
         self.finished = record['finished']
         folder, how = self.verdict()
         how = f'({how}, {duration(self.seconds())})'
-        if not os.path.lexists(self.path):  # cancelled by a person, or filed by another poller
+        if not os.path.lexists(self.path):  # cancelled by a person, or collected by another poller
             if record.get('cancelled'):
                 return 'cancelled', f'cancelled {name} {how}'
             ours = ('fail', 'complete') if self.shim.status is not None else ()
             return next((folder for folder in ours if os.path.lexists(queue.path / folder / self.name)), ''), ''
         path = safe_rename(self.path, queue.path / folder, self.script if folder == 'to_run' else None)
         text = 'requeue' if folder == 'to_run' else folder
-        text += f' {name}' + f' as {shown(path.name)}' * (path.name != self.name) + f' {how}'
+        text += f' {name}' + f' as {path.name}' * (path.name != self.name) + f' {how}'
         if folder == 'fail':
             reason = first_line_trouble(path, self.code) or last_line(self.out('stderr'))
             text += f': {remark(reason, self.out("stderr"))}'
@@ -1306,8 +1283,11 @@ class Claims:
         Where there are not, we wait in line for them: to be called again and again for the same `script`, until
         `leave`. Who waits longest of those who need several, keeps what it gets: so none is starved by a stream of
         small scripts, and no two who each hold a part wait for each other. What nobody has and was not available is
-        asked about once a second.
+        asked about once a second. Raises FastgpuError where there are not as many.
         """
+        paths = self.pool.files(self.pool.all_ids())
+        if number > len(paths):
+            raise FastgpuError(f'{number} {self.pool.kind}s are asked for, and there are only {len(paths)}')
         keep = self._may_keep(number) and len(self.usable()) >= number
         if not keep or script != self._wanting:
             self._give_back()
@@ -1326,10 +1306,10 @@ class Claims:
             self.pool.reasons.update(dict.fromkeys(ids, ''))
             self._may_keep(1)
             return ids
-        for path in self.pool.files(self.pool.all_ids()):
+        for path in paths:
             self._line(path).join(time.monotonic_ns())
         self.sign(self.kept, f'kept for {script}', os.getpid(), f', which needs {number}')
-        self.pool.reasons.update(dict.fromkeys(self.kept, shown(f'kept for {script}, which needs {number}')))
+        self.pool.reasons.update(dict.fromkeys(self.kept, f'kept for {script}, which needs {number}'))
         return []
 
     def leave(self) -> None:
@@ -1431,7 +1411,7 @@ class ResourcePoolBase:
         self.wrapper: list[str] = []  # words to put in front of each script's path
         self.reasons: dict[Hashable, str] = {}  # why a resource was not free, or '', when we looked last
         self.between: Callable[[], None] = lambda: None  # what to do between two questions that can take seconds
-        self.completed: list[str] = []  # the runs that were filed since `poll_scripts` was called last, by name
+        self.completed: list[str] = []  # the runs that were collected since `poll_scripts` was called last, by name
         self.failed: list[str] = []
         self.cancelled: list[str] = []
         self.claims = Claims(self)
@@ -1519,18 +1499,18 @@ class ResourcePoolBase:
     def run(self, script: StrPath, *ids: Any) -> bool:
         """Move `script` from to_run to running and start it on `ids` (mostly one), which are locked if they were not.
 
-        Returns at once: whether it started, or was no longer there. `poll_scripts` files it when it has ended.
+        Returns at once: whether it started, or was no longer there. `poll_scripts` collects it when it has ended.
         Raises FastgpuError where the script can never run, OSError where the machine cannot start it now; it is in
         to_run then.
         """
         return self.poller.run(script, ids)
 
     def poll_scripts(self, poll_interval: float = 0.1, exit_when_empty: bool = True) -> int:
-        """Run the scripts of to_run, each on a resource of its own, and file them when they have ended.
+        """Run the scripts of to_run, each on a resource of its own, and collect them when they have ended.
 
         Looks every `poll_interval` seconds, and at the moment a script ends. With `exit_when_empty` it returns when
         nothing is left to run and nothing of this queue runs on this host; else it goes on until it is stopped by
-        `interrupt`. What runs at an exception goes on, and is filed by the next call or the next poller.
+        `interrupt`. What runs at an exception goes on, and is collected by the next call or the next poller.
 
         Returns 0 if all ended well, 1 if a script failed or was left in to_run, 128+N if it was stopped by signal N.
         Raises OSError where the queue cannot be read, FastgpuError where there are no locks.
@@ -1562,6 +1542,10 @@ class FixedWorkerPool(ResourcePoolBase):
 
 # --- GPUs: what the driver says of them, and which of them nobody uses ----------------------------------------------
 
+class NoGpus(FastgpuError):
+    """There are none here that could be used."""
+
+
 class GpuError(Exception):
     """Why a GPU cannot be used, in the driver's words."""
 
@@ -1581,6 +1565,17 @@ class Gpu:
 
     def __repr__(self) -> str:
         return f'<Gpu {self.index} {self.uuid or self.error}>'
+
+    def is_called(self, entry: str) -> bool:
+        """Return whether it is meant by an `entry` of CUDA_VISIBLE_DEVICES: its number, or the beginning of a UUID.
+
+        Both can be those of the GPU that it is an instance of.
+        """
+        if re.fullmatch('[0-9]{1,9}', entry):
+            return self.index == int(entry)
+        is_uuid = re.match('GPU-|MIG-|[0-9a-f]{8}-', entry)  # of Jetsons without the GPU-
+        return bool(is_uuid) and (entry == self.old_name or any(
+            uuid.startswith(entry) for uuid in (self.uuid, self.parent)))
 
 
 class Usage(NamedTuple):
@@ -1810,22 +1805,21 @@ def mebibytes(text: str | None) -> float | None:
 
 
 def find_driver() -> tuple[Nvml | NvidiaSmi, list[Gpu]]:
-    """Return the way to ask the driver, and its GPUs. Raises FastgpuError where there are none."""
-    instead = 'use --workers N to run without GPUs'
+    """Return the way to ask the driver, and its GPUs. Raises NoGpus where there are none."""
     try:
         driver: Nvml | NvidiaSmi = Nvml()
     except ImportError:
         driver = NvidiaSmi()
         if not shutil.which('nvidia-smi'):
-            raise FastgpuError('no NVIDIA driver found: install the driver, which brings nvidia-smi, or if it is here '
-                               f'pip install nvidia-ml-py; {instead}') from None
+            raise NoGpus('no NVIDIA driver found: install the driver, which brings nvidia-smi, or if it is here '
+                         'pip install nvidia-ml-py') from None
         log('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py')
     try:
         gpus = driver.gpus()
     except GpuError as error:
-        raise FastgpuError(f'no NVIDIA driver found ({shown(error)}); {instead}') from None
+        raise NoGpus(f'no NVIDIA driver found ({error})') from None
     if not gpus:
-        raise FastgpuError(f'the NVIDIA driver shows no GPU; {instead}')
+        raise NoGpus('the NVIDIA driver shows no GPU')
     return driver, gpus
 
 
@@ -1835,32 +1829,25 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
     The grammar is CUDA's (CUDA C++ Programming Guide, "CUDA Environment Variables"): numbers, and UUIDs or unique
     beginnings of them; the first entry that names no GPU ends the list. The number of a GPU in MIG mode stands for
     all its instances. Sets the `ident` of the GPUs it returns: the UUID where a number could mislead CUDA. Raises
-    FastgpuError where nothing is visible, and for what is ambiguous or named twice.
+    NoGpus where nothing is visible, FastgpuError for what is ambiguous or named twice.
     """
     chosen = gpus if listed is None else []
     entries = [] if listed is None else [entry.strip() for entry in listed.split(',')]
-    what = f'CUDA_VISIBLE_DEVICES={shown(listed)}'
+    what = f'CUDA_VISIBLE_DEVICES={listed}'
     for number, entry in enumerate(entries):
-        if re.fullmatch('[0-9]{1,9}', entry):
-            matches = [gpu for gpu in gpus if gpu.index == int(entry)]
-        elif re.match('GPU-|MIG-|[0-9a-f]{8}-', entry):  # of Jetsons without the GPU-
-            matches = [gpu for gpu in gpus if gpu.uuid.startswith(entry) or gpu.parent.startswith(entry)
-                       or gpu.old_name == entry]
-            devices = sorted({gpu.uuid if gpu.uuid.startswith(entry) else gpu.parent for gpu in matches})
-            if len(devices) > 1 and entry not in devices:
-                raise FastgpuError(f'{what}: {shown(entry)} could be ' + ' or '.join(devices))
-        else:
-            matches = []
+        matches = [gpu for gpu in gpus if gpu.is_called(entry)]
+        devices = sorted({gpu.uuid if gpu.uuid.startswith(entry) else gpu.parent for gpu in matches})
+        if len(devices) > 1 and entry not in devices:
+            raise FastgpuError(f'{what}: {entry} could be ' + ' or '.join(devices))
         if any(gpu in chosen for gpu in matches):
-            raise FastgpuError(f'{what} names {shown(entry)} twice')
+            raise FastgpuError(f'{what} names {entry} twice')
         if not matches:
             if number and entries[number:] != ['']:
-                log(f'{what}: there is no GPU "{shown(entry)}"; it and all behind it are left out, as CUDA does')
+                log(f'{what}: there is no GPU "{entry}"; it and all behind it are left out, as CUDA does')
             break
         chosen += matches
     if not chosen:
-        raise FastgpuError(f'{what} hides all GPUs' + f' (there is no GPU "{shown(entries[0])}")' * bool(entries[0])
-                           + '; unset it, or use --workers N to run without GPUs')
+        raise NoGpus(f'{what} hides all GPUs' + f' (there is no GPU "{entries[0]}")' * bool(entries[0]) + '; unset it')
     by_uuid = any(gpu.parent or gpu.error for gpu in gpus) or any('-' in entry[1:] for entry in entries)
     for gpu in chosen:
         gpu.ident = gpu.uuid if by_uuid and gpu.uuid else gpu.index
@@ -1868,7 +1855,7 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> list[Gpu]:
             log(f'gpu {gpu.index} unusable: {gpu.error}')
     usable = [gpu for gpu in chosen if not gpu.error]
     if not usable:
-        raise FastgpuError('no GPU is usable: ' + '; '.join(f'gpu {gpu.index}: {gpu.error}' for gpu in chosen))
+        raise NoGpus('no GPU is usable: ' + '; '.join(f'gpu {gpu.index}: {gpu.error}' for gpu in chosen))
     return usable
 
 
@@ -1893,7 +1880,7 @@ def gpus_wanted(script: StrPath) -> int:
             if option == '--gres':
                 numbers = [number if number.isdecimal() else '1' for number in numbers]
             if not all(re.fullmatch('[0-9]{1,6}', number) for number in numbers):
-                raise FastgpuError(f'its line "{shown(line.strip())}" does not say how many GPUs')
+                raise FastgpuError(f'its line "{line.strip()}" does not say how many GPUs')
             wanted[option] = sum(map(int, numbers))
     return max([1, *wanted.values()])
 
@@ -1919,7 +1906,7 @@ def is_mps(pid: int) -> bool:
 def process_text(pid: int) -> str:
     """Return `pid 4121 (python of ann)`, or the pid alone where the rest cannot be seen."""
     with contextlib.suppress(OSError):
-        return shown(f'pid {pid} ({command_name(pid)} of {user_name(os.stat(f"/proc/{pid}").st_uid)})')
+        return f'pid {pid} ({command_name(pid)} of {user_name(os.stat(f"/proc/{pid}").st_uid)})'
     return f'pid {pid}'
 
 
@@ -1990,11 +1977,11 @@ class ResourcePoolGPU(ResourcePoolBase):
         except DriverError as error:
             if not self._driver_gone:
                 log(UPGRADED if str(error) == UPGRADED else
-                    f'the NVIDIA driver is gone ({shown(error)}): nothing starts until it is back')
+                    f'the NVIDIA driver is gone ({error}): nothing starts until it is back')
             self._driver_gone = True
             return False
         except GpuError as error:
-            self.reasons[ident] = f'unusable: {shown(error)}'
+            self.reasons[ident] = f'unusable: {error}'
             self._name_by_uuid()  # if it is lost, CUDA counts those that are left anew
         return not self.reasons[ident]
 
@@ -2177,7 +2164,7 @@ class Pending:
             if reason == IGNORED:
                 continue
             self.passed[name] = reason
-            path = shown(near(self.folder / name))
+            path = near(self.folder / name)
             if reason == NOT_EXECUTABLE:
                 self.news.say(name, f'{path} waits for its chmod +x')
             elif reason not in PASSING:
@@ -2191,7 +2178,7 @@ class Pending:
 
     def hold(self, name: str, reason: str) -> None:
         """Say that a script cannot be started now, and let none be for a while."""
-        self.news.say('/start', f'cannot start {shown(name)} now: {reason}; trying again')
+        self.news.say('/start', f'cannot start {name} now: {reason}; trying again')
         self._held_until = time.monotonic() + LOOK_AROUND
 
     def pop(self) -> None:
@@ -2253,7 +2240,7 @@ class Tally:
 
 
 class Runs(dict[str, Run]):
-    """The runs that a poller knows, by name: its own, and those that it found; what has ended of them is filed."""
+    """The runs that a poller knows, by name: its own, and those that it found; what has ended of them is collected."""
 
     def __init__(self, pool: ResourcePoolBase, pending: Pending, signals: list[int], news: News) -> None:
         super().__init__()
@@ -2307,19 +2294,19 @@ class Runs(dict[str, Run]):
         self.look_at = time.monotonic() + LOOK_AROUND
 
     def collect(self, others: bool = False) -> None:
-        """File the runs that have ended, and see to those of `others` and to what a person took out of running/."""
+        """Collect the runs that have ended, and see to those of `others` and to what a person took out of running/."""
         self._collected_at = time.monotonic()
         for run in list(self.values()):
             if not (run.shim.process or others):
                 continue
             if run.is_new:
                 run.is_new = False
-                log(f'{self.where(run.ids)}: start {shown(run.name)}')
+                log(f'{self.where(run.ids)}: start {run.name}')
             try:
                 state = run.state()
                 done = self.finish(run) if state == ENDED else others and self.see_to(run, state)
             except OSError as error:
-                self.news.say(run.path, f'cannot file {shown(run.name)} now: {explain(error)}; trying again')
+                self.news.say(run.path, f'cannot collect {run.name} now: {explain(error)}; trying again')
                 self.queue.mend()
                 continue
             if done:
@@ -2327,7 +2314,7 @@ class Runs(dict[str, Run]):
                 del self[run.name]
 
     def keep_up(self) -> None:
-        """File the runs that have ended, if it took long since we did: a driver can take seconds for an answer.
+        """Collect the runs that have ended, if it took long since we did: a driver can take seconds for an answer.
 
         Raises Stopped where nothing more is to be started.
         """
@@ -2344,19 +2331,19 @@ class Runs(dict[str, Run]):
         """
         if state == RUNS and run.shim.kill_at is None and run.code is None:
             if run.is_taken_out() and run.shim.is_alive():
-                log(f'{self.where(run.ids)}: cancel {shown(run.name)}, taken out of running')
+                log(f'{self.where(run.ids)}: cancel {run.name}, taken out of running')
                 run.terminate('cancelled')
             elif not run.shim.process and run.shim.was_killed_alone():
                 run.mark('shim_killed')
         self.many_hosts |= state == ELSEWHERE
         busy = self.pending or self.signals or any(run.shim.process for run in self.values())
         if not busy and os.path.lexists(run.path):  # there is nothing to do for us but to wait for it
-            self.news.say(run.path, run.advice(state))
+            self.news.say(run.path, self.advice(run, state))
             self.left_behind |= state == LOST
         return state != RUNS
 
     def finish(self, run: Run) -> bool:
-        """File a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
+        """Collect a run that has ended; return whether that is done, else it is to be called again. Raises OSError."""
         age = run.age()
         if not (run.shim.process or run.record.place.lock(run.record.fd) or age > OVERDUE):
             return False  # another poller is about to
@@ -2376,10 +2363,21 @@ class Runs(dict[str, Run]):
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
         if run.left_behind is not None:
             pids = ', '.join(map(str, run.left_behind)) or 'unknown'
-            what = f'{shown(run.name)} left something running (pid {pids}): let the script `wait` for it'
+            what = f'{run.name} left something running (pid {pids}): let the script `wait` for it'
             log(f'{self.where(run.ids)}: {what}')
         self.tally.add(run, folder)
         return True
+
+    def advice(self, run: Run, state: str) -> str:
+        """Return what there is to say of a `run` in a `state`, if it is not ours, to who waits for it."""
+        if state == RUNS:
+            return f'waiting for {run.name}, which runs without this poller'
+        folder = self.queue.to_run if run.code is None else self.queue.fail if run.code else self.queue.complete
+        mend = f'mv {shlex.quote(run.path)} {shlex.quote(str(folder))}/'
+        if state == LOST:
+            return f'{run.path} has no record in out; if nothing runs it: {mend}'
+        how = 'runs' if run.code is None else f'ended ({describe(run.code)})'
+        return f'{run.name} {how} on {run.record["host"]}; if no fastgpu_poll will run there again: {mend}'
 
     def is_ending(self, name: str) -> bool:
         """Return whether `name` is of a run that a person moved back to to_run: it starts anew when that has ended."""
@@ -2394,7 +2392,7 @@ class Runs(dict[str, Run]):
     def where(self, ids: Iterable[Any]) -> str:
         """Return where a run runs, for the log: `gpu 0`, and of which host where several take part."""
         which = ','.join(map(self.pool.label, ids)) or '-'
-        return shown(f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {which}')
+        return f'{self.queue.host} ' * self.many_hosts + f'{self.pool.kind} {which}'
 
 
 class Poller:
@@ -2433,7 +2431,8 @@ class Poller:
             raise
         finally:
             log.bottom('')
-            close(alive)
+            for fd in alive:
+                close(fd)
             self.pool.claims.leave()
             self.pool.claims.drop(*self.loose())
             if ours:
@@ -2450,7 +2449,7 @@ class Poller:
                 self.runs.look_around()
                 self.gone_at = 0.0
                 self.news.forget('/queue')
-            self.start(hurry=freed)  # before what has ended is filed: no resource waits for that
+            self.start(hurry=freed)  # before what has ended is collected: no resource waits for that
             self.runs.collect()
             done = done or (exit_when_empty and not self.signals and self.is_finished())
         except OSError as error:
@@ -2491,12 +2490,6 @@ class Poller:
         """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
         pool = self.pool
         number = pool.demand(self.queue.to_run / name)
-        most = len(pool.files(pool.all_ids())) if number > 1 else 1
-        if number > most:
-            reason = f'{shown(name)} asks for {number} {pool.kind}s, and there {"are" if most != 1 else "is"} {most}'
-            self.news.say(name, reason)
-            self.run(name, (), refusal=reason)
-            return True
         ids = pool.claims.take_some(number, name)
         for ident in ids:
             self.news.forget((pool.kind, ident))
@@ -2507,11 +2500,11 @@ class Poller:
         if number > 1:
             usable = len(pool.claims.usable())
             what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
-            self.news.say(name, f'{shown(name)} waits for {what}, and all behind it wait too')
+            self.news.say(name, f'{name} waits for {what}, and all behind it wait too')
         return False
 
-    def run(self, script: StrPath, ids: Sequence[Any], refusal: str = '') -> bool:
-        """Do what `ResourcePoolBase.run` says; with a `refusal` a shell that prints that and fails in its place."""
+    def run(self, script: StrPath, ids: Sequence[Any]) -> bool:
+        """Do what `ResourcePoolBase.run` says."""
         pool = self.pool
         taken = [ident for ident in ids for run in self.runs.values() if ident in run.held]
         if taken:
@@ -2522,8 +2515,7 @@ class Poller:
             environment = {'PYTHONUNBUFFERED': '1', **os.environ, **pool.environment(*ids)}
             run = self.queue.claim(os.path.basename(script), pool.kind, ids)
             self.runs[run.name] = run  # even if a KeyboardInterrupt comes now, it is seen to
-            refuse = ['/bin/sh', '-c', 'echo "$0" >&2; exit 1', refusal]
-            run.launch(refuse if refusal else [*pool.wrapper, run.path], locks, environment)
+            run.launch([*pool.wrapper, run.path], locks, environment)
             run.held = ids
             pool.claims.sign(ids, f'runs {run.name}', run.shim.pid)
             return True
@@ -2556,7 +2548,7 @@ class Poller:
     def stop(self) -> bool:
         """Do what the signals so far ask for; return whether it is done."""
         self.pool.claims.leave()
-        # Ours that run; one that has ended and cannot be filed now is for the next poller.
+        # Ours that run; one that has ended and cannot be collected now is for the next poller.
         alive = [run for run in self.runs.values() if run.shim.runs_for_us]
         if not self.runs.stopping():
             if alive:
@@ -2569,7 +2561,7 @@ class Poller:
             if alive:
                 log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
         for run in alive:
-            if run.shim.kill_at is None and run.exit_code() is None:
+            if run.shim.kill_at is None and run.shim.exit_code() is None:
                 run.terminate('stopped')
         self.runs.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
         alive += [run for run in self.runs.values() if not run.shim.process and run.shim.kill_at is not None]
@@ -2589,17 +2581,16 @@ class Poller:
             log(f'cannot see what is left in to_run: {explain(error)}')
         if not self.signals:
             for name, reason in left.items():
-                log(f'left in to_run: {shown(name)} ({reason or "new"})')
+                log(f'left in to_run: {name} ({reason or "new"})')
         if self.runs:  # of an earlier poller, or not to be killed
-            log(f'still running, and the next fastgpu_poll files it: {shown(shlex.join(self.runs))}')
+            log(f'still running, and the next fastgpu_poll collects it: {listed(list(self.runs))}')
         if self.runs.tally.done() or left:
             for line in self.runs.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left)):
-                log(f'{shown(self.queue.host)}: ' * self.runs.many_hosts + line)
+                log(f'{self.queue.host}: ' * self.runs.many_hosts + line)
         elif not self.runs:
-            log(f'nothing to run in {shown(self.queue.to_run)}' + ', which was made just now' * self.queue.is_new)
+            log(f'nothing to run in {self.queue.to_run}' + ', which was made just now' * self.queue.is_new)
         if failed:
-            more = f' and {len(failed) - 10} more' * (len(failed) > 10)
-            log(f'failed: {shown(shlex.join(failed[:10]))}{more}', alarm=True)
+            log(f'failed: {listed(failed)}', alarm=True)
         status = 128 + self.signals[-1] if self.signals else int(bool(failed or left or self.runs.left_behind))
         self.signals.clear()
         return status
@@ -2614,7 +2605,7 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
     """
     queue = pool.queue
     if queue.is_new and not isinstance(pool, ResourcePoolGPU):
-        raise FastgpuError(f'{shown(queue.path)} is no queue: it has no folder to_run (fastgpu_poll makes one)')
+        raise FastgpuError(f'{queue.path} is no queue: it has no folder to_run (fastgpu_poll makes one)')
     waiting = {} if queue.is_new else scripts_in(queue.to_run)
     names = {folder.name: names_in(folder) if folder.exists() else []  # before the first poller made them
              for folder in (queue.running, queue.complete, queue.fail)}
@@ -2627,9 +2618,8 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
         for ident in run['ids'] if run not in elsewhere else ():
             new = {'kind': run['kind'] or 'resource', 'id': ident, 'name': ident}
             row = rows.setdefault(f'{run["kind"]} {ident}', new)
-            row.update(script=run['script'], user=run['user'], seconds=run['seconds'], state='running', reason=None)
-            if run['state'] == ENDED:
-                row.update(state='ended', seconds=None, reason='the next fastgpu_poll files it')
+            row.update({key: run[key] for key in ('script', 'user', 'seconds', 'state')},
+                       reason='ended, the next fastgpu_poll collects it' if run['state'] == ENDED else None)
     ended = names['complete'] + names['fail']
     some = [look_at_run(queue, name) for name in ended[::len(ended) // 100 + 1]]
     known = [run['seconds'] for run in some + runs if run['seconds'] is not None]
@@ -2655,44 +2645,35 @@ def look_at_run(queue: Queue, name: str) -> dict[str, Any]:
         state = run.state()
         user = user_name(os.fstat(run.record.fd).st_uid)
     run.record.close()
-    record, seconds = run.record, None
-    with contextlib.suppress(KeyError, TypeError):  # no record, or an edited one
-        seconds = round(max(0.0, record.get('finished', time.time()) - record['started']), 1)
+    record, seconds, now = run.record, None, None if state == ENDED else time.time()
+    with contextlib.suppress(KeyError, TypeError):  # no record, or nobody saw when it ended
+        seconds = round(max(0.0, record.get('finished', now) - record['started']), 1)
     return {'script': name, 'host': record.get('host'), 'kind': record.get('kind'), 'ids': record.get('ids', []),
             'pid': record.get('pid'), 'user': user, 'seconds': seconds, 'state': state}
 
 
 def screen(status: dict[str, Any]) -> str:
     """Return a `status` for people, in lines."""
-    rows, pollers = [['', '', '', '']], status['pollers']
-    for resource in status['resources']:
-        used, total = resource.get('memory_used'), resource.get('memory_total')
-        state = shown(resource['state'])
-        if state == 'running':
-            state = shown(f'{resource["script"]}, {resource["user"]}, {duration(resource["seconds"] or 0)}')
-        elif state == 'ended':
-            state = shown(f'{resource["script"]}, {resource["user"]}, ended: {resource["reason"]}')
-        elif resource['reason']:
-            state += f': {resource["reason"]}'
-        rows.append([shown(f'{resource["kind"]} {resource["name"]}'), resource.get('model') or '',
-                     '' if total is None else f'{used / 1024:.1f} of {memory_text(total)}', state])
-    for run in status['elsewhere']:
-        rows.append([shown(f'on {run["host"] or "?"}'), '', '',
-                     shown(f'{run["script"]}, {run["user"]}') + f', {duration(run["seconds"] or 0)}'])
-    widths = [max(map(len, column)) for column in zip(*rows)][:3]
-    lines = ['  '.join([cell.ljust(width) for cell, width in zip(row, widths) if width] + [row[3]]) for row in rows[1:]]
+    rows, pollers = [], status['pollers']
+    for each in status['resources'] + status['elsewhere']:
+        used, total, reason = map(each.get, ('memory_used', 'memory_total', 'reason'))
+        where = f'{each["kind"]} {each["name"]}' if 'name' in each else f'on {each["host"] or "?"}'
+        memory = '' if used is None or total is None else f'{used / 1024:.1f} of {memory_text(total)}'
+        what = [each['script'], each['user'], each['seconds'] is not None and duration(each['seconds'])]
+        state = ', '.join(filter(None, what)) if each['script'] else each['state']
+        rows.append([where, each.get('model') or '', memory, f'{state}: {reason}' if reason else state])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths) if width).rstrip() for row in rows]
     lines.append(' · '.join(f'{name} {number}' for name, number in status['counts'].items())
                  + f' · {count(len(pollers), "poller") if pollers else "no poller"} on {status["host"]}'
                  + f' (pid {", ".join(map(str, pollers))})' * bool(pollers)
                  + (f' · about {duration(status["seconds_left"])} left' if status['seconds_left'] is not None else ''))
-    if status['next']:
-        lines.append('next: ' + shown(shlex.join(status['next'])))
-    if status['held']:
-        more = f' and {len(status["held"]) - 10} more' * (len(status['held']) > 10)
-        lines.append('held until chmod +x: ' + shown(shlex.join(status['held'][:10])) + more)
+    for key, title in ('next', 'next'), ('held', 'held until chmod +x'):
+        if status[key]:
+            lines.append(f'{title}: {listed(status[key])}')
     for failed in status['failed']:
-        lines.append(f'failed: {shown(failed["script"])}: {remark(failed["last_line"], failed["stderr"])}')
-    return '\n'.join(lines)
+        lines.append(f'failed: {failed["script"]}: {remark(failed["last_line"], failed["stderr"])}')
+    return '\n'.join(map(shown, lines))
 
 
 # --- Command --------------------------------------------------------------------------------------------------------
@@ -2803,10 +2784,10 @@ def check_path(path: str) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     if not os.path.lexists(path):
         tilde = '; a shell takes ~ for your home only after a space' * path.startswith('~')
-        raise FastgpuError(shown(f'{path or "an empty --path"}: there is no such folder{tilde or "; mkdir makes it"}'))
+        raise FastgpuError(f'{path or "an empty --path"}: there is no such folder{tilde or "; mkdir makes it"}')
     folder, name = os.path.split(os.path.realpath(path))
     if name in ('to_run', 'running', 'complete', 'fail', 'out') and os.path.isdir(f'{folder}/to_run'):
-        raise FastgpuError(shown(f'{path} is a folder of a queue: give its --path, {shlex.quote(folder)}'))
+        raise FastgpuError(f'{path} is a folder of a queue: give its --path, {shlex.quote(folder)}')
 
 
 def title(command: str) -> str:
@@ -2826,7 +2807,7 @@ def add_scripts(path: StrPath, commands: Sequence[str], gpus: int = 1) -> list[s
     names: list[str] = []
     for command in commands:
         if '\0' in command:
-            raise FastgpuError(f'no script can hold a NUL byte: {shown(command)[:60]}')
+            raise FastgpuError(f'no script can hold a NUL byte: {command[:60]}')
     kept = [f'{name}={shlex.quote(os.environ[name])}' for name in KEPT if name in os.environ]
     head = '#!/bin/sh\n' + f'#SBATCH --gpus={gpus}\n' * (gpus > 1) + f'cd {shlex.quote(os.getcwd())} || exit\n'
     head += f'export {" ".join(kept)}\n' * bool(kept)
@@ -2878,9 +2859,9 @@ def main(args: list[str] | None = None) -> int:
             check_path(options.path)
         if options.mode == 'add':
             commands = [shlex.join(options.add)] if options.add else read_commands()
-            text = ''.join(f'{shown(name)}\n' for name in add_scripts(options.path, commands, options.gpus))
+            text = ''.join(f'{name}\n' for name in add_scripts(options.path, commands, options.gpus))
             if not commands:
-                write(sys.stderr, 'fastgpu_poll: nothing to add: no commands on standard input\n')
+                complain('nothing to add: no commands on standard input')
         elif options.mode == 'status':
             seen = look_at_queue(find_pool(options, only_look=True))
             text = (json.dumps(seen, default=str, indent=1) if options.json else screen(seen)) + '\n'
@@ -2892,11 +2873,11 @@ def main(args: list[str] | None = None) -> int:
         status = 128 + signal.SIGINT
     except (FastgpuError, OSError) as error:
         status = 2
-        write(sys.stderr, f'fastgpu_poll: {explain(error)}\n')
+        complain(explain(error))
     problem = write(sys.stdout, text)
     if problem:
         status = status or 1
-        write(sys.stderr, f'fastgpu_poll: standard output: {problem}\n')
+        complain(f'standard output: {problem}')
     write(sys.stderr, '')  # what argparse left in its buffer
     return status
 
@@ -2914,7 +2895,7 @@ def poll(options: argparse.Namespace) -> int:
     try:
         return pool.poll_scripts(exit_when_empty=bool(options.exit))
     except OSError as error:
-        write(sys.stderr, f'fastgpu_poll: {explain(error)}; what runs goes on, and the next fastgpu_poll files it\n')
+        complain(f'{explain(error)}; what runs goes on, and the next fastgpu_poll collects it')
         return 1
 
 
@@ -2924,13 +2905,10 @@ def become(options: argparse.Namespace) -> int:
     if not shutil.which(name):
         is_there = '/' in name and os.path.exists(name)
         what = f'{name} cannot be executed: chmod +x' if is_there else f'there is no command {name!r}'
-        write(sys.stderr, shown(f'fastgpu_poll: {what}') + '\n')
+        complain(what)
         return 126 if is_there else 127
     pool, news = find_pool(options, only_look=True), News()
     pool.rests = False  # that is for queues
-    most = len(pool.files(pool.all_ids()))
-    if options.gpus > most:
-        raise FastgpuError(f'--gpus {options.gpus} asks for more GPUs than there are: {most}')
     while not (ids := pool.claims.take_some(options.gpus, os.path.basename(name))):
         news.tell_why(pool, lambda ids: f'{pool.kind} {",".join(map(pool.label, ids))}')
         time.sleep(0.1)
@@ -2942,7 +2920,7 @@ def become(options: argparse.Namespace) -> int:
     try:
         os.execvpe(name, options.run, {**os.environ, **pool.environment(*ids)})
     except OSError as error:
-        write(sys.stderr, f'fastgpu_poll: {explain(error)}\n')
+        complain(explain(error))
     return 126
 
 
@@ -2952,11 +2930,11 @@ def find_pool(options: argparse.Namespace, only_look: bool = False) -> ResourceP
         return FixedWorkerPool(range(options.workers), options.path, only_look)
     try:
         return ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look)
-    except FastgpuError as error:
+    except NoGpus as error:
         if options.mode == 'status':
-            write(sys.stderr, f'fastgpu_poll: no GPUs are shown: {explain(error)}\n')
+            complain(f'no GPUs are shown: {error}')
             return FixedWorkerPool([], options.path, only_look)
-        raise
+        raise FastgpuError(f'{error}' + '; use --workers N to run without GPUs' * (options.mode == 'poll')) from None
 
 
 if __name__ == '__main__':
