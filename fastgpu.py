@@ -35,9 +35,10 @@ How it works, and why nothing is lost, in the order in which it happens to a scr
   the poller is dead by then, or the queue was moved. Both have the files of the record and of the GPU open: so the
   locks last as long as the script does, whatever becomes of the poller.
 - When it has ended, its GPU goes to the next script before it is collected: no GPU waits for that.
-- A name in running whose record nobody locks has ended, and a poller collects it: with an exit status it goes to complete or fail, without
-  one it was cut off and goes back to to_run. Any poller on the same kernel does that (by the boot id in the record),
-  again and again if need be: what that needs is in the folders and in the kernel, and nothing else could be wrong.
+- A name in running whose record nobody locks has ended, and a poller collects it: with an exit status it goes to
+  complete or fail, without one it was cut off and goes back to to_run. Any poller on the same kernel does that (by the
+  boot id in the record), again and again if need be: what that needs is in the folders and in the kernel, and nothing
+  else could be wrong.
 
 The sections below follow the data: messages, folders, locks, runs, pools of resources, GPUs, the poller with its loop,
 the status, the command.
@@ -313,7 +314,7 @@ def check_usable(folders: list[Path]) -> None:
 
 # What keeps a file in to_run from being started, where it is more than something to be told.
 IGNORED = 'ignored'  # no script at all: a folder, a FIFO, a name that is gone
-NOT_EXECUTABLE = 'not executable'
+NOT_EXECUTABLE = 'waits for its chmod +x'
 FRESH = 'just written'
 ENDING = 'its last run ends just now'
 UNSEEN = 'cannot be seen now'  # by a file server that hiccups
@@ -451,7 +452,7 @@ class Queue:
             check_usable(self.folders)
 
     def check_is_there(self) -> None:
-        """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since `announce`."""
+        """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since it was `announced`."""
         if not all(os.path.samestat(os.fstat(fd), os.stat(folder)) for folder, fd in self._held.items()):
             raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
 
@@ -476,21 +477,26 @@ class Queue:
                 return time.time()
         return self._clock
 
-    def announce(self) -> list[int]:
-        """Return open files that let whoever looks know that a poller of this host is alive, until they are closed.
+    @contextlib.contextmanager
+    def announced(self) -> Iterator[None]:
+        """Let whoever looks know, in a `with` block, that a poller of this host is alive.
 
         Raises OSError, and FastgpuError where there are no locks: on a kernel before 3.15, on some file systems.
         """
-        # Open, because sshfs numbers anew, when its server was away, what nobody has open.
-        self._held = {folder: os.open(folder, os.O_PATH) for folder in (self.path, self.to_run, self.running)}
-        fd = open_lock(self.alive)
-        try:
-            Place(self.alive, os.getpid(), 1).lock(fd)
-        except OSError as error:
-            close(fd)
-            raise FastgpuError(f'{self.path}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
-                               'newer, and a file system that has locks') from None
-        return [fd, *self._held.values()]
+        with contextlib.ExitStack() as stack:
+            alive = open_lock(self.alive)
+            stack.callback(close, alive)
+            try:
+                Place(self.alive, os.getpid(), 1).lock(alive)
+            except OSError as error:
+                raise FastgpuError(f'{self.path}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
+                                   'newer, and a file system that has locks') from None
+            stack.callback(self._held.clear)
+            for folder in (self.path, self.to_run, self.running):
+                # Open, because sshfs numbers anew, when its server was away, what nobody has open.
+                self._held[folder] = os.open(folder, os.O_PATH)
+                stack.callback(close, self._held[folder])
+            yield
 
     def pollers(self) -> list[int]:
         """Return the pids of the pollers of this host that are alive."""
@@ -575,16 +581,6 @@ class Place(NamedTuple):
         """The place behind all others, which is held by who asks whether one of them is free."""
         return Place(self.path, 1 << 20, 1)
 
-    def take(self) -> int:
-        """Open its file and lock it; return the open file, or -1 where somebody else has it. Raises OSError."""
-        fd, is_ours = open_lock(self.path), False
-        try:
-            is_ours = self.lock(fd)
-        finally:
-            if not is_ours:
-                close(fd)
-        return fd if is_ours else -1
-
     def lock(self, fd: int, kind: int = fcntl.F_WRLCK) -> bool:
         """Lock it in the open file `fd`, if nobody else has it and its path leads to that file. Raises OSError.
 
@@ -662,8 +658,6 @@ class Place(NamedTuple):
 FLOCK = 'hhqqi'  # struct flock of fcntl(2): type, whence, start, length, pid
 NOTE = 256  # bytes for each place in its file, which say who has it
 WAITING = 1 << 21  # the byte of a lock file from which on those wait who would like to have what it locks
-
-
 SEVERAL = 1 << 61  # the same for who needs several such files at once
 
 
@@ -1164,7 +1158,7 @@ class Run:
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = self.name, self.record, self.queue
-        if self.code is None and not self.was_started():
+        if not self.was_started():
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
         if self.code is None and self.shim.status is not None:
@@ -1217,7 +1211,6 @@ class Claims:
         self.kept: list[Any] = []  # what we hold for a script that needs more
         self._wanting = ''  # that script
         self.ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
-        self._rests: dict[str, tuple[int, float]] = {}  # the locks of what rests because of us, and until when
         self._free_since: dict[Hashable, float] = {}  # what is left to who has waited longer, and since when it is
         self._lines: dict[str, Line] = {}  # in which we wait, by lock file
         self._left_at: dict[str, float] = {}  # when we gave back what is in a lock file
@@ -1250,27 +1243,6 @@ class Claims:
                 raise FastgpuError(f'{self.pool.kind} {self.pool.label(ident)} {reason}')
         return [self.locks[ident] for ident in ids]
 
-    def rest(self, ids: Iterable[Any], seconds: float, reason: str) -> None:
-        """Let no poller of this queue take `ids` for so many seconds: a lock in it says so, with the `reason`."""
-        for place in map(self._rest_place, ids):
-            with contextlib.suppress(OSError):
-                fd = place.take()
-                if fd >= 0:
-                    place.write_note(fd, reason)
-                    self._rests[place.path] = fd, time.monotonic() + seconds
-
-    def why_rests(self, ident: Any) -> str:
-        """Return the reason why `ident` rests, or ''."""
-        place = self._rest_place(ident)
-        if time.monotonic() >= self._rests.get(place.path, (-1, float('inf')))[1]:
-            close(self._rests.pop(place.path)[0])
-        return place.why_locked()
-
-    def _rest_place(self, ident: Any) -> Place:
-        """Return where the lock is of what rests."""
-        queue, name = self.pool.queue, os.path.basename(self.pool.place(ident).path)
-        return Place(f'{queue.path}/.{queue.host}-rest-{name}')
-
     def sign(self, ids: Iterable[Any], what: str, pid: int | None, more: str = '') -> None:
         """Write into the lock files of `ids`, which we hold, what they are held for, for whoever waits for them."""
         for ident in ids:
@@ -1286,7 +1258,7 @@ class Claims:
         asked about once a second. Raises FastgpuError where there are not as many.
         """
         paths = self.pool.files(self.pool.all_ids())
-        if number > len(paths):
+        if number > max(1, len(paths)):
             raise FastgpuError(f'{number} {self.pool.kind}s are asked for, and there are only {len(paths)}')
         keep = self._may_keep(number) and len(self.usable()) >= number
         if not keep or script != self._wanting:
@@ -1399,7 +1371,6 @@ class ResourcePoolBase:
     checks nothing.
     """
     kind = 'worker'  # what a resource is called in messages
-    rests = False  # whether it does for a while, after scripts that left something running or failed at once
 
     def __init__(self, path: StrPath, only_look: bool = False) -> None:
         fd = 0
@@ -1433,8 +1404,6 @@ class ResourcePoolBase:
             return False
         if ident != self.claims.asked:
             self.reasons[ident] = self.place(ident).why_locked()
-        if self.rests and not self.reasons[ident]:
-            self.reasons[ident] = self.claims.why_rests(ident)
         return not self.reasons[ident]
 
     def environment(self, *ids: Any) -> dict[str, str]:
@@ -1561,6 +1530,7 @@ class Gpu:
         self.index, self.uuid, self.model, self.parent, self.error = index, uuid, model, parent, error
         self.ident: Any = index  # what CUDA is told, and people
         self.old_name = ''  # MIG-GPU-UUID/3/0, of an instance
+        self.lock = ''  # the file of its lock
         self.is_numa: bool | None = None  # whether its memory is a node of the machine's, where the driver was asked
 
     def __repr__(self) -> str:
@@ -1919,22 +1889,25 @@ class ResourcePoolGPU(ResourcePoolBase):
     FastgpuError where there are no GPUs.
     """
     kind = 'gpu'
-    rests = True
+    rests = True  # whether GPUs do for a while, after scripts that left something running or failed at once
 
     def __init__(self, path: StrPath, max_used: float = 1024, per_gpu: int = 1, only_look: bool = False) -> None:
         self._driver, gpus = find_driver()
         gpus = visible_gpus(gpus, os.environ.get('CUDA_VISIBLE_DEVICES'))
-        self._lock_folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
-        if not os.path.isabs(self._lock_folder):
+        folder = os.environ.get('FASTGPU_LOCK_DIR') or '/tmp'
+        if not os.path.isabs(folder):
             raise FastgpuError('FASTGPU_LOCK_DIR has to be the same for all: give it an absolute path')
-        if not os.path.isdir(self._lock_folder):
-            raise OSError(errno.ENOTDIR, 'there is no such folder for the locks (FASTGPU_LOCK_DIR)', self._lock_folder)
+        if not os.path.isdir(folder):
+            raise FastgpuError(f'{folder}: there is no such folder for the locks (FASTGPU_LOCK_DIR)')
+        for gpu in gpus:
+            gpu.lock = os.path.join(folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_'))
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
         self._driver_gone = False
         self._said: set[str] = set()  # what is said once
         self._failed: dict[str, list[str]] = {}  # the last scripts in a row that failed at once, by UUID
         self._rested: dict[str, int] = {}  # how often in a row it rested
+        self._rests: dict[str, tuple[int, float]] = {}  # the lock of one that rests because of us, and until when
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
 
@@ -1956,8 +1929,7 @@ class ResourcePoolGPU(ResourcePoolBase):
     def place(self, ident: Any) -> Place:
         """Return where the lock is, in a file that all users of the host share: one place on a GPU, or all of it."""
         gpu, number = self._places[ident]
-        path = os.path.join(self._lock_folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_'))
-        return Place(path, number, 1) if self.per_gpu > 1 else Place(path)
+        return Place(gpu.lock, number, 1) if self.per_gpu > 1 else Place(gpu.lock)
 
     def environment(self, *ids: Any) -> dict[str, str]:
         """Return FASTGPU_ID and what makes CUDA see these GPUs alone, counted as NVML counts."""
@@ -1969,6 +1941,9 @@ class ResourcePoolGPU(ResourcePoolBase):
         if not super().is_available(ident):
             return False
         gpu = self._places[ident][0]
+        self.reasons[ident] = self._why_rests(gpu) if self.rests else ''
+        if self.reasons[ident]:
+            return False
         try:
             usage = self._driver.usage(gpu, self.between)
             self._driver_is_there()
@@ -2024,22 +1999,42 @@ class ResourcePoolGPU(ResourcePoolBase):
         They are sick, or what these scripts have in common is: after a minute the next one may try, and when that fails
         at once too the rest is twice as long. What was left running is seen by the driver within 30 s, or never.
         """
-        if left_something:
-            text = f'{name} left something running: waiting {SHOWS:.0f} s to see whether that uses it'
-            self.claims.rest(ids, SHOWS, text)
-        for ident in ids:
-            gpu = self._places[ident][0]
+        for gpu in {self._places[ident][0] for ident in ids}:
+            if left_something:
+                text = f'{name} left something running: waiting {SHOWS:.0f} s to see whether that uses it'
+                self._rest(gpu, SHOWS, text)
             failed = self._failed[gpu.uuid] = [*self._failed.get(gpu.uuid, []), name][-3:]
             if not failed_at_once:
                 failed.clear()
                 self._rested[gpu.uuid] = 0
-            if len(failed) == 3 and not self.claims.why_rests(ident):
+            if len(failed) == 3 and not self._why_rests(gpu):
                 seconds = min(3600, 60 << self._rested.get(gpu.uuid, 0))
                 self._rested[gpu.uuid] = min(9, self._rested.get(gpu.uuid, 0) + 1)
                 until = time.strftime('%H:%M:%S', time.localtime(time.time() + seconds))
                 text = f'rests until {until}: {", ".join(failed)} failed in a row, each within {AT_ONCE:.0f} s'
                 log(f'gpu {gpu.index} {text} (their .stderr in out tells why; mv fail/NAME to_run/ runs one again)')
-                self.claims.rest([ident], seconds, text)
+                self._rest(gpu, seconds, text)
+
+    def _rest(self, gpu: Gpu, seconds: float, reason: str) -> None:
+        """Let no poller of this queue use a GPU for so many seconds: a lock in it says so, with the `reason`."""
+        place = self._rest_place(gpu)
+        with contextlib.suppress(OSError):
+            fd = open_lock(place.path)
+            if place.lock(fd):
+                place.write_note(fd, reason)
+                self._rests[gpu.uuid] = fd, time.monotonic() + seconds
+            else:
+                close(fd)
+
+    def _why_rests(self, gpu: Gpu) -> str:
+        """Return the reason why a GPU rests, or ''."""
+        if time.monotonic() >= self._rests.get(gpu.uuid, (-1, float('inf')))[1]:
+            close(self._rests.pop(gpu.uuid)[0])
+        return self._rest_place(gpu).why_locked()
+
+    def _rest_place(self, gpu: Gpu) -> Place:
+        """Return where the lock of a GPU that rests is."""
+        return Place(f'{self.path}/.{self.queue.host}-rest-{gpu.uuid}')
 
     def _say_once(self, about: str, text: str) -> None:
         """Log the first `text` about this."""
@@ -2076,6 +2071,23 @@ class ResourcePoolGPU(ResourcePoolBase):
 
 class Stopped(Exception):
     """A signal came while the driver was asked, which can take seconds: nothing more is started."""
+
+
+@contextlib.contextmanager
+def interrupts_for(note: Callable[[int], None]) -> Iterator[None]:
+    """Let Ctrl-C, in a `with` block, only be noted, so that it does the same in a notebook as in the command.
+
+    Not where somebody has a handler of his own for it, nor in a thread, which can have none.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    ours = handler == signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, lambda signum, frame: note(signum))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, handler)
 
 
 class News:
@@ -2164,11 +2176,9 @@ class Pending:
             if reason == IGNORED:
                 continue
             self.passed[name] = reason
-            path = near(self.folder / name)
-            if reason == NOT_EXECUTABLE:
-                self.news.say(name, f'{path} waits for its chmod +x')
-            elif reason not in PASSING:
-                self.news.say(name, f'{path} cannot run: {reason}')
+            if reason not in PASSING:
+                what = reason if reason == NOT_EXECUTABLE else f'cannot run: {reason}'
+                self.news.say(name, f'{near(self.folder / name)} {what}')
         return None
 
     def condition(self, name: str) -> str:
@@ -2354,11 +2364,9 @@ class Runs(dict[str, Run]):
                 run.record['stopped'] = True
             elif run.code == 128 + signal.SIGTERM and not self.signals and 0 <= age < 0.5:
                 return False  # too early to tell
-        if run.shim.process and not run.was_started():
-            self.pending.hold(run.name, 'no process to be had for it')
-            run.unclaim()
-            return True
         folder, text = run.settle()
+        if run.code is None and run.shim.status == NOT_STARTED:
+            self.pending.hold(run.script, NO_PROCESS)
         if text:
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
         if run.left_behind is not None:
@@ -2416,27 +2424,19 @@ class Poller:
         self.pool.completed, self.pool.failed, self.pool.cancelled = runs.tally.ended.values()
         runs.look_at, self.stop_at = 0.0, None
         self.lent = list(self.pool.claims.locks)
-        alive = self.queue.announce()
-        handler = signal.getsignal(signal.SIGINT)
-        ours = handler == signal.default_int_handler and threading.current_thread() is threading.main_thread()
-        try:
-            if ours:  # so that Ctrl-C does the same in a notebook as in the command
-                signal.signal(signal.SIGINT, lambda signum, frame: self.signals.append(signum))
-            while not self.turn(exit_when_empty):
-                log.bottom(runs.tally.progress(runs.values(), 0 if self.signals else len(pending.names)))
-                self.sleep(poll_interval)
-            assert not self.loose(), f'held, and for no script: {self.loose()}'
-        except BaseException:
-            self.signals.clear()  # they were for this call
-            raise
-        finally:
-            log.bottom('')
-            for fd in alive:
-                close(fd)
-            self.pool.claims.leave()
-            self.pool.claims.drop(*self.loose())
-            if ours:
-                signal.signal(signal.SIGINT, handler)
+        with self.queue.announced(), interrupts_for(self.signals.append):
+            try:
+                while not self.turn(exit_when_empty):
+                    log.bottom(runs.tally.progress(runs.values(), 0 if self.signals else len(pending.names)))
+                    self.sleep(poll_interval)
+                assert not self.loose(), f'held, and for no script: {self.loose()}'
+            except BaseException:
+                self.signals.clear()  # they were for this call
+                raise
+            finally:
+                log.bottom('')
+                self.pool.claims.leave()
+                self.pool.claims.drop(*self.loose())
         return self.sum_up()
 
     def turn(self, exit_when_empty: bool) -> bool:
@@ -2907,7 +2907,7 @@ def become(options: argparse.Namespace) -> int:
         what = f'{name} cannot be executed: chmod +x' if is_there else f'there is no command {name!r}'
         complain(what)
         return 126 if is_there else 127
-    pool, news = find_pool(options, only_look=True), News()
+    pool, news = ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look=True), News()
     pool.rests = False  # that is for queues
     while not (ids := pool.claims.take_some(options.gpus, os.path.basename(name))):
         news.tell_why(pool, lambda ids: f'{pool.kind} {",".join(map(pool.label, ids))}')
@@ -2934,7 +2934,7 @@ def find_pool(options: argparse.Namespace, only_look: bool = False) -> ResourceP
         if options.mode == 'status':
             complain(f'no GPUs are shown: {error}')
             return FixedWorkerPool([], options.path, only_look)
-        raise FastgpuError(f'{error}' + '; use --workers N to run without GPUs' * (options.mode == 'poll')) from None
+        raise FastgpuError(f'{error}; use --workers N to run without GPUs') from None
 
 
 if __name__ == '__main__':
