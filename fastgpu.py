@@ -871,6 +871,9 @@ class Record(dict[str, Any]):
         return all(here[key] and self.get(key) == here[key] for key in keys)
 
 
+NO_CHILD = -999  # how a child ended whose status others took
+
+
 class Shim:
     """The shell that waits for the script of a run and writes its status to `exitcode`, and the session that it leads.
 
@@ -974,7 +977,6 @@ class Shim:
         return self.pid is not None and not self.is_alive() and bool(session_groups(self.pid, dying=False))
 
 
-NO_CHILD = -999
 RUNS, ENDED, ELSEWHERE, LOST = 'running', 'ended', 'elsewhere', 'lost'
 
 
@@ -1259,7 +1261,7 @@ class Claims:
         """
         paths = self.pool.files(self.pool.all_ids())
         if number > max(1, len(paths)):
-            raise FastgpuError(f'{number} {self.pool.kind}s are asked for, and there are only {len(paths)}')
+            raise FastgpuError(f'{number} {self.pool.kind}s are needed, and there are only {len(paths)}')
         keep = self._may_keep(number) and len(self.usable()) >= number
         if not keep or script != self._wanting:
             self._give_back()
@@ -1586,8 +1588,7 @@ class Nvml:
     def _asking(self, gpu: Gpu | None = None) -> Iterator[Any]:
         """Ask about a GPU, by its handle, in a `with` block. Raises DriverError if the driver is gone, else GpuError.
 
-        A driver that comes back has to be initialised again, and its old handles mean nothing then: so there are
-        none, a GPU is looked up by its UUID for each question.
+        A driver that comes back has to be initialised again, and its old handles mean nothing then: so none is kept.
         """
         nvml = self._nvml
         try:
@@ -1661,51 +1662,54 @@ class Nvml:
         return found
 
     def usage(self, gpu: Gpu, between: Callable[[], None]) -> Usage:
-        """Return what the driver says of a GPU now; calls `between` between two questions. Raises GpuError."""
+        """Return what the driver says of a GPU now; calls `between` before each question. Raises GpuError."""
         self._library = self._library or loaded_library()
         path, inode = self._library
         if path and file_mark(path)[:1] != (inode,):
             raise DriverError(UPGRADED)
-        nvml, ask = self._nvml, functools.partial(self._ask, gpu, between)
-        # The old one is for drivers before 510, where what the driver reserves counts as used.
-        memory = ask(lambda handle: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
-                     nvml.nvmlDeviceGetMemoryInfo)
-        # Not the functions without a version: they refuse to work on drivers before 510.
-        compute = ask(nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetComputeRunningProcesses_v2)
-        mode = ask(nvml.nvmlDeviceGetComputeMode, needed=False)
-        field = ask(lambda handle: nvml.nvmlDeviceGetFieldValues(handle, [230])[0], needed=False)
-        if gpu.is_numa is None:
-            gpu.is_numa = ask(nvml.nvmlDeviceGetNumaNodeId, needed=False) is not None
-        graphics = None  # of interest only where something computes, or tells its memory because the GPU does not
-        if compute or memory is None or gpu.is_numa:
-            graphics = ask(nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, needed=False)
+        nvml = self._nvml
+        with self._asking(gpu) as handle:
+            ask = functools.partial(self._ask, handle, between)
+            # The old one is for drivers before 510, where what the driver reserves counts as used.
+            memory = ask(lambda handle: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
+                         nvml.nvmlDeviceGetMemoryInfo)
+            # Not the functions without a version: they refuse to work on drivers before 510.
+            compute = ask(nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetComputeRunningProcesses_v2)
+            mode = ask(nvml.nvmlDeviceGetComputeMode, needed=False)
+            field = ask(lambda handle: nvml.nvmlDeviceGetFieldValues(handle, [230])[0], needed=False)
+            if gpu.is_numa is None:
+                gpu.is_numa = ask(nvml.nvmlDeviceGetNumaNodeId, needed=False) is not None
+            graphics = None  # of interest only where something computes, or tells its memory because the GPU does not
+            if compute or memory is None or gpu.is_numa:
+                graphics = ask(nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, needed=False)
         return Usage(used=None if gpu.is_numa or memory is None else memory.used / 2**20,
                      total=memory and memory.total / 2**20,
                      compute=None if compute is None else self._memory(compute), graphics=self._memory(graphics or []),
                      mode={1: 'Exclusive_Process', 2: 'Prohibited', 3: 'Exclusive_Process'}.get(mode, 'Default'),
                      action='' if field is None or field.nvmlReturn else ACTIONS.get(field.value.uiVal, ''))
 
+    def _ask(self, handle: Any, between: Callable[[], None], question: Callable[[Any], Any],
+             older: Callable[[Any], Any] | None = None, needed: bool = True) -> Any:
+        """Return the answer to a question, or to an `older` one where the driver does not know that; None for none.
+
+        Raises NVMLError, but not where a question that is not `needed` is unknown.
+        """
+        nvml = self._nvml
+        between()
+        try:
+            return question(handle)
+        except nvml.NVMLError_NotSupported:
+            return None
+        except (nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission, nvml.NVMLError_InvalidArgument):
+            if older:
+                return self._ask(handle, between, older)
+            if needed:
+                raise
+            return None
+
     def _memory(self, processes: list[Any]) -> dict[int, float | None]:
         """Return the memory of processes in MiB, by pid."""
         return {process.pid: process.usedGpuMemory and process.usedGpuMemory / 2**20 for process in processes}
-
-    def _ask(self, gpu: Gpu, between: Callable[[], None], question: Callable[[Any], Any],
-             older: Callable[[Any], Any] | None = None, needed: bool = True) -> Any:
-        """Ask a question about a GPU, an `older` one where the driver does not know that; None where it has no answer.
-        """
-        nvml, answer = self._nvml, None
-        with self._asking(gpu) as handle:
-            try:
-                answer = question(handle)
-            except nvml.NVMLError_NotSupported:
-                pass
-            except (nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission, nvml.NVMLError_InvalidArgument):
-                if older:
-                    return self._ask(gpu, between, older)
-                if needed:
-                    raise
-        between()
-        return answer
 
 
 class NvidiaSmi:
@@ -1999,7 +2003,8 @@ class ResourcePoolGPU(ResourcePoolBase):
         They are sick, or what these scripts have in common is: after a minute the next one may try, and when that fails
         at once too the rest is twice as long. What was left running is seen by the driver within 30 s, or never.
         """
-        for gpu in {self._places[ident][0] for ident in ids}:
+        for ident in ids:
+            gpu = self._places[ident][0]
             if left_something:
                 text = f'{name} left something running: waiting {SHOWS:.0f} s to see whether that uses it'
                 self._rest(gpu, SHOWS, text)
@@ -2012,8 +2017,8 @@ class ResourcePoolGPU(ResourcePoolBase):
                 self._rested[gpu.uuid] = min(9, self._rested.get(gpu.uuid, 0) + 1)
                 until = time.strftime('%H:%M:%S', time.localtime(time.time() + seconds))
                 text = f'rests until {until}: {", ".join(failed)} failed in a row, each within {AT_ONCE:.0f} s'
-                log(f'gpu {gpu.index} {text} (their .stderr in out tells why; mv fail/NAME to_run/ runs one again)')
-                self._rest(gpu, seconds, text)
+                self._rest(gpu, seconds, f'{text} (see their .stderr in out)')
+                self.reasons[ident] = self._why_rests(gpu)
 
     def _rest(self, gpu: Gpu, seconds: float, reason: str) -> None:
         """Let no poller of this queue use a GPU for so many seconds: a lock in it says so, with the `reason`."""
@@ -2111,9 +2116,9 @@ class News:
             self._quiet_until[about] = time.monotonic() + pause
         log(text)
 
-    def tell_why(self, pool: ResourcePoolBase, where: Callable[[list[Any]], str]) -> None:
-        """Say why each resource of the `pool` is not free, once a minute where that is who has it: they come and go."""
-        for ident in pool.all_ids():
+    def tell_why(self, pool: ResourcePoolBase, ids: Iterable[Any], where: Callable[[list[Any]], str]) -> None:
+        """Say why each of `ids` of the `pool` is not free, once a minute where that is who has it: they come and go."""
+        for ident in ids:
             reason = pool.reasons.get(ident)
             if reason and not (' used by ' in reason and pool.claims.was_left_just_now(ident)):
                 pause = HUSH if re.match(r'busy: .* of \S+ \(pid', reason) else 0
@@ -2237,16 +2242,11 @@ class Tally:
             text += f', about {duration(time_left(seconds / (done + running), waiting, running))} left'
         return text
 
-    def summary(self, kind: str, number: int, left: int) -> list[str]:
-        """Return in lines what was done on `number` resources of a `kind`, where so many scripts are `left`."""
-        seconds = time.time() - self.began
+    def summary(self, kind: str, left: int) -> str:
+        """Return in one line what was done on resources of a `kind`, where so many scripts are `left`."""
+        times = f'{duration(time.time() - self.began)} ({duration(self.busy_seconds)} of {kind} time)'
         counts = ', '.join(f'{len(names)} {how}' for how, names in self.ended.items() if names or how != 'cancelled')
-        counts += f', {left} left in to_run' * bool(left)
-        lines = [f'{count(self.done(), "script")} in {duration(seconds)}: {counts}']
-        if self.done():
-            share = min(1.0, self.busy_seconds / max(0.001, seconds) / number)
-            lines.append(f'{duration(self.busy_seconds)} of {kind} time used, {kind}s busy {share:.0%} of the time')
-        return lines
+        return f'{count(self.done(), "script")} in {times}: {counts}' + f', {left} left in to_run' * bool(left)
 
 
 class Runs(dict[str, Run]):
@@ -2257,7 +2257,7 @@ class Runs(dict[str, Run]):
         self.pool, self.queue, self.pending, self.signals, self.news = pool, pool.queue, pending, signals, news
         self.tally = Tally()
         self.look_at = 0.0  # when to look around again
-        self.left_behind = False  # whether there was one that nobody can file
+        self.left_behind = False  # whether there was one that nobody can collect
         self._cuts: dict[str, int] = {}  # how often a script was cut off under our eyes
         self._collected_at = 0.0
         self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
@@ -2373,6 +2373,8 @@ class Runs(dict[str, Run]):
             pids = ', '.join(map(str, run.left_behind)) or 'unknown'
             what = f'{run.name} left something running (pid {pids}): let the script `wait` for it'
             log(f'{self.where(run.ids)}: {what}')
+        if run.shim.process:
+            self.news.tell_why(self.pool, run.ids, self.where)  # where it made a GPU rest
         self.tally.add(run, folder)
         return True
 
@@ -2496,7 +2498,7 @@ class Poller:
         if ids:
             self.run(name, ids)
             return True
-        self.news.tell_why(pool, self.runs.where)
+        self.news.tell_why(pool, pool.all_ids(), self.runs.where)
         if number > 1:
             usable = len(pool.claims.usable())
             what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
@@ -2585,8 +2587,8 @@ class Poller:
         if self.runs:  # of an earlier poller, or not to be killed
             log(f'still running, and the next fastgpu_poll collects it: {listed(list(self.runs))}')
         if self.runs.tally.done() or left:
-            for line in self.runs.tally.summary(self.pool.kind, len(list(self.pool.all_ids())), len(left)):
-                log(f'{self.queue.host}: ' * self.runs.many_hosts + line)
+            summary = self.runs.tally.summary(self.pool.kind, len(left))
+            log(f'{self.queue.host}: ' * self.runs.many_hosts + summary)
         elif not self.runs:
             log(f'nothing to run in {self.queue.to_run}' + ', which was made just now' * self.queue.is_new)
         if failed:
@@ -2910,7 +2912,7 @@ def become(options: argparse.Namespace) -> int:
     pool, news = ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look=True), News()
     pool.rests = False  # that is for queues
     while not (ids := pool.claims.take_some(options.gpus, os.path.basename(name))):
-        news.tell_why(pool, lambda ids: f'{pool.kind} {",".join(map(pool.label, ids))}')
+        news.tell_why(pool, pool.all_ids(), lambda ids: f'{pool.kind} {",".join(map(pool.label, ids))}')
         time.sleep(0.1)
     pool.claims.sign(ids, f'runs {os.path.basename(name)}', os.getpid())
     for fd in pool.claims.lend(*ids):
