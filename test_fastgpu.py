@@ -1,7 +1,7 @@
-"""Tests of fastgpu, in the order of its sections; what a pool promises is under the rule that it follows from.
+"""Tests of fastgpu: help for them, the units that stand below the rules, the eight rules, and what is not a rule.
 
-Real processes, locks, signals and folders; GPUs are those of the real nvidia-ml-py on a fake driver library, and real
-ones under the marker `gpu`.
+What is promised is under the rule that it follows from, for slots and for GPUs. Real processes, locks, signals and
+folders; GPUs are those of the real nvidia-ml-py on a fake driver library, and real ones under the marker `gpu`.
 """
 from __future__ import annotations
 
@@ -57,18 +57,6 @@ F_SETPIPE_SZ = 1031  # of fcntl(2), in Python since 3.10
 
 
 # --- Help for the tests: a queue, its pollers, and waiting for something ----------------------------------------------
-
-AS_NOBODY = ('import grp, locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
-             'sys.exit(fastgpu.main(sys.argv[1:]))')
-
-
-def kill_holding(poller, queue, name, locks):
-    """Kill a poller whose script `name` runs when a lock file in `locks` says so, which comes after its record."""
-    until(lambda: queue.names('running') == [name] and 'pid' in queue.record(name))
-    until(lambda: any(f'runs {name} of' in file.read_text() for file in Path(locks).glob('*.lock')))
-    poller.kill()
-    poller.wait()
-
 
 def until(condition, what='it', seconds=30):
     """Wait until `condition()` is true, and return what it returned."""
@@ -156,6 +144,14 @@ class Queue:
         return until(lambda: self.has_out(f'{name}.json') and self.record(name).get('pid'))
 
 
+def kill_holding(poller, queue, name, locks):
+    """Kill a poller whose script `name` runs when a lock file in `locks` says so, which comes after its record."""
+    until(lambda: queue.names('running') == [name] and 'pid' in queue.record(name))
+    until(lambda: any(f'runs {name} of' in file.read_text() for file in Path(locks).glob('*.lock')))
+    poller.kill()
+    poller.wait()
+
+
 def children(pid):
     """Return the pids of the children of a process, as far as they still live."""
     with contextlib.suppress(OSError):
@@ -173,6 +169,13 @@ def started_by(mark):
                                                for file in ('environ', 'cmdline')):
                 found.append(int(pid))
     return found
+
+
+def used_by(pid):
+    """Return the seconds of a core that a process has used so far, and the MiB that it had at most (proc(5))."""
+    nanoseconds = int(Path(f'/proc/{pid}/schedstat').read_text().split()[0])
+    memory = re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())[1]
+    return nanoseconds / 1e9, int(memory) / 1024
 
 
 @pytest.fixture(autouse=True)
@@ -195,189 +198,9 @@ def queue(tmp_path):
         poller.wait()
 
 
-# --- Messages ---------------------------------------------------------------------------------------------------------
-
-def test_what_is_shown_cannot_garble_a_terminal():
-    assert fastgpu.shown('naïve 名 x.sh') == 'naïve 名 x.sh'
-    assert fastgpu.shown('a\nb\x1b[31m\x7f') == r'a\nb\x1b[31m\x7f'
-    assert fastgpu.shown(os.fsdecode(b'\xff\xfe')) == r'\udcff\udcfe'
-    assert fastgpu.shown('\u202egnp.sh') == r'\u202egnp.sh'
-
-
-@pytest.mark.parametrize(('seconds', 'text'), [(0.04, '0.0 s'), (-1, '0.0 s'), (59.9, '59.9 s'), (61, '0:01:01'),
-                                               (86400 * 7 + 1, '168:00:01')])
-def test_duration(seconds, text):
-    assert fastgpu.duration(seconds) == text
-
-
-def test_a_terminal_that_is_never_read_stops_nothing(queue):
-    ours, theirs = pty.openpty()
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '2'], stderr=theirs,
-                              env={**os.environ, 'TERM': 'dumb'})
-    queue.pollers.append(poller)
-    for number in range(120):
-        queue.add(f'{number:03}-{"long" * 50}.sh')
-    assert poller.wait(60) == 0
-    os.close(ours)
-    os.close(theirs)
-
-
-@pytest.mark.parametrize('kind', ['pipe', 'terminal'])
-def test_a_log_whose_reader_has_stopped_stops_nothing_and_counts_what_was_lost(queue, kind):
-    read, write = os.pipe() if kind == 'pipe' else pty.openpty()
-    if kind == 'pipe':
-        fcntl.fcntl(write, F_SETPIPE_SZ, 4096)
-    else:
-        os.write(read, b'\x13')  # Ctrl-S
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1', '--exit', '0'],
-                              stderr=write, env={**os.environ, 'TERM': 'dumb'})
-    queue.pollers.append(poller)
-    for number in range(60):
-        queue.add(f'{number}.sh')
-    until(lambda: len(queue.names('complete')) == 60)
-    if kind == 'terminal':
-        os.write(read, b'\x11')  # Ctrl-Q
-    log = ''
-
-    def told():
-        nonlocal log
-        if select.select([read], [], [], 0)[0]:
-            log += os.read(read, 1 << 16).decode()
-        queue.add(f'{time.time()}.sh')
-        return re.search(r'\(\d+ lines of this log lost: nobody read it\)', log)
-
-    until(told)
-    os.write(read, b'\x13') if kind == 'terminal' else None
-    poller.terminate()
-    assert poller.wait(30) == 143
-    os.close(read)
-    os.close(write)
-
-
-def test_a_log_that_nobody_reads_stops_nothing(queue):
-    queue.add('a.sh')
-    read, write = os.pipe()
-    os.close(read)
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1'], stderr=write)
-    os.close(write)
-    assert poller.wait(30) == 0
-    assert queue.all() == {'a.sh': 'complete'}
-
-
-# --- Folders ----------------------------------------------------------------------------------------------------------
-
-def test_setup_dirs_makes_the_five_folders_for_us_alone_to_write(tmp_path):
-    old = os.umask(0)
-    try:
-        folders = fastgpu.setup_dirs(tmp_path / 'q')
-    finally:
-        os.umask(old)
-    assert [folder.name for folder in folders] == ['to_run', 'running', 'complete', 'fail', 'out']
-    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o755}
-    assert fastgpu.setup_dirs(str(tmp_path / 'q')) == folders
-
-
-def test_find_next_script_is_the_first_executable_file_or_link(queue):
-    to_run = queue.path / 'to_run'
-    assert find_next_script(to_run) is None
-    (to_run / 'a-folder').mkdir()
-    os.mkfifo(to_run / 'b-fifo', 0o755)
-    (to_run / 'c-dangling').symlink_to('nowhere')
-    queue.add('.hidden')
-    queue.add('d-no-x.sh', mode=0o644)
-    assert find_next_script(to_run) is None
-    last = queue.add('z.sh')
-    assert find_next_script(to_run) == last
-    (to_run / 'e-link').symlink_to(last)
-    assert find_next_script(to_run) == to_run / 'e-link'
-    assert find_next_script(str(to_run)) == to_run / 'e-link'
-
-
-@pytest.mark.parametrize('name', ['#a.sh#', '.#a.sh', 'a.sh~', 'a.sh.bak', 'a.sh.orig', '.a.sh.swp', 'a.sh.swp'])
-def test_what_editors_leave_is_no_script(queue, name):
-    queue.add('a.sh', 'echo new')
-    queue.add(name, 'echo half typed')
-    status, log = queue.poll()
-    assert (status, name in log) == (0, False)
-    assert queue.all() == {'a.sh': 'complete', name: 'to_run'}
-
-
-@pytest.mark.skipif(not shutil.which('emacs'), reason='there is no emacs here')
-def test_what_emacs_leaves_while_one_edits_is_no_script(queue):
-    script = queue.add('a.sh', 'echo old')
-    edit = (f'(progn (find-file "{script}") (goto-char (point-max)) (insert "echo typed") (do-auto-save) '
-            '(princ (directory-files ".")) (kill-emacs))')
-    subprocess.run(['emacs', '-Q', '--batch', '--eval', edit], check=True, cwd=queue.path / 'to_run')
-    (queue.path / 'to_run' / '#a.sh#').chmod(0o755)
-    os.utime(queue.path / 'to_run' / '#a.sh#', (1, 1))
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a.sh': 'complete', '#a.sh#': 'to_run'}
-
-
-def test_the_scripts_of_an_earlier_poller_that_run_on_are_named_when_one_is_stopped(queue):
-    queue.add('a.sh', queue.gate())
-    first = queue.start('--workers', '1')
-    queue.pid('a.sh')
-    first.kill()
-    first.wait()
-    second = queue.start('--workers', '1')
-    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
-    second.terminate()
-    assert second.wait(30) == 143
-    assert 'still running, and the next fastgpu_poll files it: a.sh\n' in second.log()
-    assert 'nothing to run' not in second.log()
-    queue.open_gate()
-
-
-def test_a_progress_bar_is_no_last_line(queue):
-    queue.add('a.sh', 'printf "10%%\\r20%%\\r30%%\\r" >&2; exit 1')
-    assert re.search(r'fail a.sh \(status 1, \d.\d s\): 30% \(', queue.poll()[1])
-
-
-def test_an_empty_file_is_not_ready(queue):
-    script = queue.add('a.sh', head='')
-    script.write_text('')
-    os.utime(script, (1, 1))
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.all() == {'a.sh': 'to_run'}
-    assert 'to_run/a.sh cannot run: empty\n' in log
-
-
-@pytest.mark.parametrize('ahead', [0.02, 2, -2])
-def test_just_written_is_by_the_clock_of_the_file_system_not_by_ours(queue, tmp_path, ahead):
-    (tmp_path / 'sitecustomize.py').write_text('import time\nright = time.time\n'
-                                               f'time.time = lambda: right() + {ahead}\n')
-    poller = queue.start('--workers', '2', '--exit', '0', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
-    files = [open(queue.path / 'to_run' / f'{number}.sh', 'w', buffering=1) for number in range(8)]  # noqa: SIM115
-    for file in files:
-        os.fchmod(file.fileno(), 0o755)
-        file.write('#!/bin/sh\n')
-    written = [time.monotonic()] * len(files)
-    gaps = [0.0] * len(files)
-    for _, (number, file) in itertools.product(range(25), list(enumerate(files))):  # as copies over a slow line
-        time.sleep(0.005)
-        file.write('echo one more line\n')
-        gaps[number] = max(gaps[number], time.monotonic() - written[number])
-        written[number] = time.monotonic()
-    for number, file in enumerate(files):
-        file.close()
-        gaps[number] = max(gaps[number], time.monotonic() - written[number])
-    until(lambda: len(queue.names('complete') + queue.names('fail')) == len(files))
-    for number, gap in enumerate(gaps):
-        if gap < fastgpu.JUST_WRITTEN * 0.9:  # the line was not so slow, for this one
-            assert queue.out(f'{number}.sh.stdout') == 'one more line\n' * 25
-    poller.kill()
-
-
-def test_a_script_just_written_is_not_taken_yet(queue):
-    script = queue.add('a.sh')
-    os.utime(script)
-    if time.time() - script.stat().st_mtime < 0.05:
-        assert find_next_script(queue.path / 'to_run') is None
-    until(lambda: find_next_script(queue.path / 'to_run') == script)
-    os.utime(script, (time.time() + 1000,) * 2)
-    assert find_next_script(queue.path / 'to_run') == script
+@pytest.fixture
+def wp(tmp_path):
+    return FixedWorkerPool(range(4), tmp_path / 'q')
 
 
 def fails(number):
@@ -387,652 +210,13 @@ def fails(number):
     return function
 
 
-@pytest.mark.parametrize('lacks', [(), ('renameat2',), ('renameat2', 'links')])
-def test_safe_rename_never_overwrites(tmp_path, monkeypatch, lacks):
-    if 'renameat2' in lacks:  # NFS, and all others but local ones
-        monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
-    if 'links' in lacks:  # sshfs
-        monkeypatch.setattr(os, 'link', fails(errno.EPERM))
-    dest = tmp_path / 'dest'
-    dest.mkdir()
-    for text, name in ('one', 'a.sh'), ('two', 'a-1.sh'), ('three', 'a-2.sh'):
-        file = tmp_path / 'a.sh'
-        file.write_text(text)
-        assert safe_rename(file, dest) == dest / name
-    assert [(dest / name).read_text() for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['one', 'two', 'three']
-    (dest / 'link').symlink_to('nowhere')
-    (tmp_path / 'link').touch()
-    assert safe_rename(str(tmp_path / 'link'), str(dest)) == dest / 'link-1'
-    with pytest.raises(FileNotFoundError):
-        safe_rename(tmp_path / 'a.sh', dest)
-    assert os.listdir(tmp_path) == ['dest']
-
-
-def test_a_crash_in_the_middle_of_a_rename_by_two_names_is_completed_by_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
-    (tmp_path / 'dest').mkdir()
-    file = tmp_path / 'a.sh'
-    file.touch()
-    with monkeypatch.context() as crash:
-        crash.setattr(os, 'unlink', fails(errno.EIO))
-        with pytest.raises(OSError, match='Input/output'):
-            safe_rename(file, tmp_path / 'dest')
-    assert safe_rename(file, tmp_path / 'dest') == tmp_path / 'dest' / 'a.sh'
-    assert os.listdir(tmp_path / 'dest') == ['a.sh']
-    assert not file.exists()
-
-
-def test_a_script_under_two_names_after_a_crash_runs_once(queue):
-    queue.add('a.sh', queue.gate())
-    first = queue.start('--workers', '2')
-    queue.pid('a.sh')
-    os.link(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')
-    queue.let_look(first)
-    assert queue.names('running') == ['a.sh']
-    (queue.path / 'to_run' / 'a.sh').unlink()
-    queue.open_gate()
-    assert first.wait(30) == 0
-
-
-def test_where_stamps_are_whole_seconds_just_written_is_a_second(queue):
-    script = queue.add('a.sh')
-    now = int(time.time())
-    os.utime(script, (now, now))
-    if time.time() < now + 0.9:
-        assert find_next_script(queue.path / 'to_run') is None
-    until(lambda: find_next_script(queue.path / 'to_run'))
-    assert time.time() > now + 1
-
-
-def test_what_a_file_server_says_when_a_lock_is_given_back_costs_no_resource(queue, monkeypatch):
-    pool = FixedWorkerPool([0], queue.path)
-    assert pool.lock_next() == 0
-    real = os.close
-    with monkeypatch.context() as server:
-        server.setattr(fcntl, 'fcntl', fails(errno.EIO))
-        server.setattr(os, 'close', lambda fd: (real(fd), fails(errno.EIO)())[0])  # it is closed all the same, close(2)
-        pool.unlock(0)
-    assert FixedWorkerPool([0], queue.path).lock_next() == 0
-
-
-def test_what_a_host_that_crashed_had_started_is_cut_off_though_its_pid_reached_no_record(queue):
-    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
-    record = {'script': 'a.sh', **fastgpu.this_host(), 'boot': 'before', 'ids': [0], 'started': 1.0}
-    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
-    status, log = queue.poll()
-    assert (status, queue.all()) == (0, {'a-1.sh': 'complete'})
-    assert 'requeue a.sh (cut off, ' in log
-
-
-# --- Locks ------------------------------------------------------------------------------------------------------------
-
-def take_lock(path, *place):
-    """Return a descriptor that holds a place in a lock file, by default the whole; None where somebody else does."""
-    fd = fastgpu.open_lock(path)
-    return fd if Place(path, *place).lock(fd) else os.close(fd)
-
-
-def why_locked(path, *place):
-    return Place(path, *place).why_locked()
-
-
-NOT_OURS = 'locked, and not by fastgpu (fuser -v {} tells by whom)'
-
-
-def test_a_lock_is_held_by_one_and_dropped_with_its_descriptor(tmp_path):
-    path = tmp_path / 'l.lock'
-    fd = take_lock(path)
-    assert fd is not None
-    assert take_lock(path) is None
-    os.close(fd)
-    again = take_lock(path)
-    assert again is not None
-    os.close(again)
-
-
-def test_the_places_in_a_lock_file_are_held_by_one_each_and_all_of_them_by_one(tmp_path):
-    path = tmp_path / 'l.lock'
-    assert why_locked(path) == ''
-    assert not path.exists()
-    one, two = take_lock(path, 0, 1), take_lock(path, 1, 1)
-    assert take_lock(path, 1, 1) is None
-    assert take_lock(path) is None
-    assert why_locked(path, 2, 1) == ''
-    Place(path, 1, 1).write_note(two, 'runs b.sh')
-    os.close(one)
-    assert why_locked(path) == why_locked(path, 1, 1) == 'busy: runs b.sh'
-    os.close(two)
-    everything = take_lock(path)
-    assert take_lock(path, 7, 1) is None
-    asking = fastgpu.open_lock(path)
-    assert Place(path, 7, 1).asking.lock(asking)
-    assert why_locked(path, 7, 1) == 'busy: ' + NOT_OURS.format(path)
-    os.close(everything)
-    assert why_locked(path) == ''  # nobody has it because somebody asks
-    os.close(asking)
-
-
-def test_a_lock_is_inherited_and_given_back_by_whoever_holds_it(tmp_path):
-    path = tmp_path / 'l.lock'
-    fd = take_lock(path)
-    child = subprocess.Popen(['sleep', '1000'], pass_fds=[fd])
-    other = fastgpu.open_lock(path)
-    os.close(fd)
-    assert not Place(path).lock(other)
-    child.kill()
-    child.wait()
-    assert Place(path).lock(other)
-    child = subprocess.Popen(['sleep', '1000'], pass_fds=[other])
-    Place(path).unlock(other)
-    assert take_lock(path) is not None
-    child.kill()
-    child.wait()
-
-
-def test_a_lock_file_can_be_opened_by_all_users_whatever_the_umask_and_is_not_cleaned_away(tmp_path):
-    old = os.umask(0o077)
-    try:
-        os.close(take_lock(tmp_path / 'l.lock'))
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / 'l.lock').stat().st_mode) == 0o1666
-
-
-def test_a_deleted_lock_file_is_no_lock(tmp_path):
-    path = tmp_path / 'l.lock'
-    fd = fastgpu.open_lock(path)
-    path.unlink()
-    path.touch()
-    assert not Place(path).lock(fd)
-    path.unlink()
-    assert not Place(path).lock(fd)
-    os.close(fd)
-
-
-@pytest.mark.parametrize('number', [errno.EAGAIN, errno.EACCES])
-def test_either_answer_of_the_kernel_that_a_lock_is_held_means_that(tmp_path, monkeypatch, number):
-    def held(fd, command, argument):  # fcntl(2): "fails with EACCES or EAGAIN"
-        raise OSError(number, os.strerror(number))
-
-    with open(fastgpu.open_lock(tmp_path / 'l.lock'), 'r+b') as file:
-        monkeypatch.setattr(fcntl, 'fcntl', held)
-        assert not Place(tmp_path / 'l.lock').lock(file.fileno())
-
-
-def test_who_only_looks_takes_no_turn_from_who_starts(tmp_path):
-    pool = FixedWorkerPool([0], tmp_path / 'q')
-    assert pool.lock(0)
-    pool.unlock(0)
-    look = 'import fastgpu, sys\nwhile True: fastgpu.Place(sys.argv[1]).why_locked()'
-    onlookers = [subprocess.Popen([sys.executable, '-c', look, pool.place(0).path], cwd=MODULE.parent) for _ in '12']
-    until(lambda: all(used_by(each.pid)[0] > 0.2 for each in onlookers))  # they have come past their imports
-    for _ in range(500):
-        assert pool.lock_next() == 0
-        pool.unlock(0)
-    for each in onlookers:
-        each.kill()
-        each.wait()
-
-
-def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
-    mine, other = tmp_path / 'mine', tmp_path / 'other'
-    for file in mine, other:
-        file.write_text('precious')
-    (tmp_path / 'link').symlink_to(mine)
-    os.link(other, tmp_path / 'hard')
-    os.mkfifo(tmp_path / 'fifo')
-    (tmp_path / 'folder').mkdir()
-    for name in 'link', 'hard', 'fifo', 'folder':
-        with pytest.raises(OSError, match=name):
-            fastgpu.open_lock(tmp_path / name)
-    assert mine.read_text() == other.read_text() == 'precious'
-
-
-def test_what_a_lock_file_says_of_an_earlier_holder_is_gone_when_it_is_locked(tmp_path):
-    pool = FixedWorkerPool([0], tmp_path / 'q')
-    Path(pool.place(0).path).write_text('runs old.sh of ann')
-    assert pool.lock(0)
-    assert why_locked(pool.place(0).path).startswith('busy: a lock of ')
-
-
-# --- Runs -------------------------------------------------------------------------------------------------------------
-
-def test_a_record_that_a_crash_spoilt_is_none(tmp_path):
-    file = tmp_path / 'r.json'
-    record = fastgpu.Record(str(file))
-    good = {'script': 'x', 'host': 'h', 'ids': [0], 'started': 1.0}
-    spoilt = [{**good, **change} for change in (
-        {'script': 1}, {'script': ''}, {'script': '..'}, {'script': '/etc/x'}, {'script': '\ud800'}, {'script': '.x'},
-        {'started': None}, {'started': float('nan')}, {'started': 10**400}, {'ids': None}, {'ids': 5}, {'host': None})]
-    for text in ['', '{', '[]', '7', 'null', '[' * 100000, '\x00' * 100, *map(json.dumps, spoilt)]:
-        file.write_text(text)
-        record.open()
-        assert record == {}, text
-    file.write_text(json.dumps(good))
-    record.open()
-    assert record == good
-    record['ids'] = []  # shorter than before
-    record.save()
-    assert json.loads(file.read_text()) == {**good, 'ids': []}
-    record.close()
-
-
-@pytest.mark.parametrize(('code', 'text'), [(None, 'cut off'), (3, 'status 3'), (137, 'status 137, SIGKILL'),
-                                            (255, 'status 255')])
-def test_describe(code, text):
-    assert fastgpu.describe(code) == text
-
-
-# --- Pools: the original's own checks ---------------------------------------------------------------------------------
-
-@pytest.fixture
-def wp(tmp_path):
-    return FixedWorkerPool(range(4), tmp_path / 'q')
-
-
-def test_lock_and_find_next(wp):
-    wp.unlock(0)
-    assert wp.find_next() == 0
-    assert wp.lock(0)
-    assert wp.find_next() == 1
-    assert wp.lock_next() == 1
-    assert wp.find_next() == 2
-    assert not wp.is_available(0)
-    wp.unlock(0)
-    assert wp.find_next() == 0
-    assert not wp.lock(1)
-
-
-def test_lock_next_with_all_locked(wp):
-    assert [wp.lock_next() for _ in range(5)] == [0, 1, 2, 3, None]
-    assert wp.find_next() is None
-
-
-def test_poll_scripts_runs_links_and_leaves_folders(tmp_path):
-    for name, body in ('script_succ.sh', 'echo $FASTGPU_ID'), ('script_fail.sh', 'exit 1'):
-        (tmp_path / name).write_text(f'#!/bin/sh\n{body}\n')
-        (tmp_path / name).chmod(0o755)
-    pool = FixedWorkerPool([0], tmp_path / 'q')
-    for name in 'script_succ.sh', 'script_fail.sh':
-        (tmp_path / 'q' / 'to_run' / name).symlink_to(f'../../{name}')
-    (tmp_path / 'q' / 'to_run' / 'folder').mkdir()
-    assert pool.poll_scripts() == 1
-    out = tmp_path / 'q' / 'out'
-    assert (out / 'script_fail.sh.exitcode').read_text() == '1'
-    assert (out / 'script_succ.sh.exitcode').read_text() == '0'
-    assert (out / 'script_succ.sh.stdout').read_text() == '0\n'
-    assert (tmp_path / 'q' / 'fail' / 'script_fail.sh').is_symlink()
-    assert (tmp_path / 'q' / 'complete' / 'script_succ.sh').is_symlink()
-    assert os.listdir(tmp_path / 'q' / 'to_run') == ['folder']
-    assert (pool.completed, pool.failed) == (['script_succ.sh'], ['script_fail.sh'])
-
-
-def test_each_poll_counts_for_itself(wp, capsys):
-    queue = Queue(wp.path)
-    for code, counts in (1, '0 complete, 1 fail'), (0, '1 complete, 0 fail'):
-        queue.add(f'{code}.sh', f'exit {code}')
-        assert wp.poll_scripts() == code
-        assert counts in capsys.readouterr().err
-
-
-def test_importing_has_no_side_effects(tmp_path):
-    code = ('import os, signal, sys, threading; before = dict(os.environ), signal.getsignal(signal.SIGINT); '
-            'import fastgpu; assert before == (dict(os.environ), signal.getsignal(signal.SIGINT)); '
-            'assert threading.active_count() == 1; assert "pynvml" not in sys.modules')
-    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True,
-                   env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_pool_of_ones_own(tmp_path):
-    class Ports(ResourcePoolBase):
-        def all_ids(self):
-            return [8000, 8001, 8002]
-
-        def is_available(self, ident):
-            return super().is_available(ident) and ident != 8001
-
-        def environment(self, ident):
-            return {**super().environment(ident), 'PORT': str(ident)}
-
-    queue = Queue(tmp_path / 'q')
-    for name in 'ab':
-        queue.add(name, queue.gate() + 'echo $PORT $FASTGPU_ID')
-    pool = Ports(queue.path)
-    for name in 'ab':
-        assert pool.run(queue.path / 'to_run' / name, pool.lock_next())
-    assert pool.lock_next() is None
-    queue.open_gate()
-    assert pool.poll_scripts() == 0
-    assert queue.out('a.stdout') + queue.out('b.stdout') == '8000 8000\n8002 8002\n'
-
-
-def test_run_locks_what_is_not_locked_and_tells_of_a_script_that_is_gone(wp):
-    queue = Queue(wp.path)
-    queue.add('a.sh')
-    assert wp.run(queue.path / 'to_run' / 'a.sh', 2)
-    assert not wp.run(queue.path / 'to_run' / 'a.sh', 3)
-    assert wp.is_available(3)
-    assert wp.poll_scripts() == 0
-    assert queue.record('a.sh')['ids'] == [2]
-
-
-# --- Pools: the life of a script --------------------------------------------------------------------------------------
-
-def test_a_run_leaves_its_output_its_status_and_its_record(queue):
-    queue.add('a.sh', 'echo out; echo err >&2; cat; exit 3')
-    before = time.time()
-    status, log = queue.poll('--workers', '1')
-    assert status == 1
-    assert queue.all() == {'a.sh': 'fail'}
-    assert queue.names('out') == ['a.sh.exitcode', 'a.sh.json', 'a.sh.stderr', 'a.sh.stdout']
-    assert queue.out('a.sh.stdout') == 'out\n'
-    assert queue.out('a.sh.stderr') == 'err\n'
-    assert queue.out('a.sh.exitcode') == '3'
-    record = queue.record('a.sh')
-    assert list(record) == ['script', 'host', 'boot', 'machine', 'pids', 'kind', 'ids', 'started', 'pid', 'finished',
-                            'exitcode']
-    assert {key: record[key] for key in ('host', 'boot', 'machine', 'pids')} == fastgpu.this_host()
-    assert [record[key] for key in ('script', 'host', 'ids', 'exitcode')] == ['a.sh', os.uname().nodename, [0], 3]
-    assert before - 0.1 <= record['started'] <= record['finished'] <= time.time()
-    assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): err \(.*/q/out/a.sh.stderr\)$', log, re.M)
-
-
-def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
-    for name in '10', '9', 'B', 'a':
-        queue.add(name, 'ps -o sid= -p $$; echo $$; pwd')
-    assert queue.poll('--workers', '1', cwd='/')[0] == 0
-    started = {name: queue.record(name)['started'] for name in queue.names('complete')}
-    assert sorted(started, key=started.get) == ['10', '9', 'B', 'a']
-    session, pid, folder = queue.out('a.stdout').split()
-    assert session != pid  # the shim's, and not the poller's
-    assert int(session) == queue.pid('a')
-    assert folder == '/'
-
-
-def test_slots_are_used_at_once_and_reused(queue):
-    for name in 'abcd':
-        queue.add(name, f'echo $FASTGPU_ID; touch {queue.q}/{name}; ' + queue.gate())
-    poller = queue.start('--workers', '3')
-    until(lambda: all((queue.path / name).exists() for name in 'abc'))
-    assert queue.all() == {'a': 'running', 'b': 'running', 'c': 'running', 'd': 'to_run'}
-    queue.open_gate()
-    assert poller.wait(30) == 0
-    assert sorted(queue.out(f'{name}.stdout') for name in 'abc') == ['0\n', '1\n', '2\n']
-
-
-def test_a_script_without_interpreter_line_runs_under_sh(queue):
-    queue.add('a', 'echo $((1+1))', head='')
-    assert queue.poll()[0] == 0
-    assert queue.out('a.stdout') == '2\n'
-
-
-@pytest.mark.parametrize(('head', 'said'), [
-    ('', r'it has no #! line, so /bin/sh ran it: for Python, begin it with #!/usr/bin/env python3'),
-    ('#!/bin/sh\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
-    ('#!/usr/bin/env python3\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
-    ('#!python3\n', 'its #! line needs a path: #!/usr/bin/env python3'),
-    ('\ufeff#!/bin/sh\n', 'a byte order mark stands before its #!: save it without one'),
-    ('#!/no/such/python3 -u\n', 'its interpreter /no/such/python3 does not exist'),
-    ('#!/bin/sh\n', '.*no-such-command: not found'),
-], ids=['none', 'windows', 'windows behind env', 'no path', 'byte order mark', 'missing', 'good'])
-def test_why_a_first_line_made_a_script_fail_is_said_and_what_to_put_there(queue, head, said):
-    queue.add('a.py', 'no-such-command (\n' if head == '' else 'no-such-command', head=head)
-    status, log = queue.poll()
-    assert status == 1
-    fail = queue.path / 'fail' / 'a.py'
-    said = said if said[0] == '.' else re.escape(said.format(fail=shlex.quote(str(fail))))
-    assert re.search(rf'fail a.py \(status \d+, \d.\d s\): {said} \(', log)
-    if 'sed' in said:
-        command = re.search(r'sed .*?(?= mends that)', log)[0]
-        subprocess.run(command, shell=True, check=True)
-        assert b'\r' not in fail.read_bytes()
-
-
-def test_a_signal_that_ends_a_script_is_its_status(queue):
-    queue.add('a.sh', 'kill -SEGV $$')
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.out('a.sh.exitcode') == '139'
-    assert 'status 139, SIGSEGV' in log
-
-
-def test_what_is_not_executable_waits_and_is_named_once_and_at_exit(queue):
-    queue.add('a.sh', mode=0o644)
-    queue.add('b.sh', 'sleep 0.3')
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
-    assert log.count('to_run/a.sh waits for its chmod +x') == 1
-    assert 'left in to_run: a.sh (not executable)' in log
-
-
-def test_chmod_submits(queue):
-    script = queue.add('a.sh', mode=0o644)
-    poller = queue.start('--exit', '0', '--workers', '1')
-    until(lambda: 'a.sh waits' in poller.log())
-    script.chmod(0o755)
-    until(lambda: queue.names('complete') == ['a.sh'])
-    assert poller.poll() is None
-
-
-def test_what_is_said_of_a_script_and_of_a_run_of_its_name_is_said_once(queue, capsys):
-    queue.add('a.sh', mode=0o644)
-    queue.add('b.sh').rename(queue.path / 'running' / 'a.sh')
-    pool = FixedWorkerPool([0], queue.path)
-    for _ in range(3):
-        assert pool.poll_scripts() == 1
-    log = capsys.readouterr().err
-    assert log.count('has no record in out') == log.count('waits for its chmod +x') == 1
-
-
-def test_a_name_that_came_before_is_named_anew(queue):
-    script = queue.add('a.sh', mode=0o644)
-    poller = queue.start('--exit', '0', '--workers', '1')
-    until(lambda: poller.log().count('to_run/a.sh waits for its chmod +x') == 1)
-    script.chmod(0o755)
-    until(lambda: queue.names('complete') == ['a.sh'])
-    queue.add('a.sh', mode=0o644)
-    until(lambda: poller.log().count('to_run/a.sh waits for its chmod +x') == 2)
-
-
-@pytest.mark.parametrize('name', ['stop', 'start', 'driver'])
-def test_no_name_of_a_script_is_taken_for_a_word_of_ours(gpus, queue, name):
-    queue.add('a.sh', queue.gate())
-    queue.add(name, mode=0o644)
-    poller = queue.start('--exit', '0')
-    until(lambda: f'to_run/{name} waits' in poller.log() and queue.names('running'))
-    poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: waiting for 1 script' in poller.log())
-    queue.open_gate()
-    assert poller.wait(30) == 130
-    assert 'driver is back' not in poller.log()
-
-
-def test_what_is_no_script_is_ignored(queue):
-    to_run = queue.path / 'to_run'
-    (to_run / 'folder').mkdir()
-    os.mkfifo(to_run / 'fifo', 0o755)
-    queue.add('.hidden')
-    status, log = queue.poll()
-    assert status == 0
-    assert f'nothing to run in {queue.path}/to_run' in log
-    assert sorted(os.listdir(to_run)) == ['.hidden', 'fifo', 'folder']
-
-
-def test_a_link_that_leads_nowhere_is_named_and_left(queue):
-    (queue.path / 'to_run' / 'a.sh').symlink_to('nowhere')
-    queue.add('b.sh')
-    status, log = queue.poll(cwd=queue.path)
-    assert status == 1
-    assert 'to_run/a.sh cannot run: a link that leads nowhere\n' in log
-    assert 'left in to_run: a.sh (a link that leads nowhere)\n' in log
-    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
-
-
-def test_a_script_added_as_to_run_is_listed_is_not_overlooked_at_the_end(queue):
-    # The time stamp of a folder is coarse: here it stays what it was when the poller listed the folder last.
-    b = queue.add('b.sh')
-    b.rename(queue.path / 'b.sh')
-    queue.add('a.sh', f'cd {queue.q}; sleep 0.5; touch -r to_run stamp; mv b.sh to_run; touch -r stamp to_run')
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-
-
-@pytest.mark.parametrize('name', [b'with space', b'new\nline', b'quo"te\'s', b'-rf', b'$HOME;`id`', b'\xff\xfe.sh',
-                                  b'\x1b[31mred', 'ä→名'.encode(), b'*', b'a\\b', b'%s%d'])
-def test_any_name_runs_and_is_logged_escaped(queue, name):
-    name = os.fsdecode(name)
-    queue.add(name, 'printf %s "$0"; exit 4')
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.all() == {name: 'fail'}
-    assert queue.out(f'{name}.exitcode') == '4'
-    assert os.fsencode(queue.path / 'running' / name) == (queue.path / 'out' / f'{name}.stdout').read_bytes()
-    assert fastgpu.shown(name) in log
-    assert '\x1b' not in log
-    assert queue.record(name)['script'] == name
-
-
-def test_what_a_script_in_python_prints_is_seen_at_once_unless_it_says_otherwise(queue, monkeypatch):
-    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
-    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
-    queue.poll()
-    assert queue.out('a.sh.stdout') == '<1>\n'
-    monkeypatch.setenv('PYTHONUNBUFFERED', '')
-    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
-    queue.poll()
-    assert queue.out('a-1.sh.stdout') == '<>\n'
-
-
-def test_a_wrapper_is_put_before_the_path_as_a_shell_would_split_it_and_runs_no_shell(queue):
-    queue.add('a b.sh', 'echo "$WORD"; exit 7')
-    assert queue.poll('--workers', '1', '--wrapper', "env WORD='a $HOME;  b'")[0] == 1
-    assert queue.out('a b.sh.stdout') == 'a $HOME;  b\n'
-    assert queue.out('a b.sh.exitcode') == '7'
-
-
-@pytest.mark.parametrize(('wrapper', 'words'), [
-    ('nowhere 4h', "there is no command 'nowhere'"), ('', 'there is no command'), ('"sh', 'no closing quotation')])
-def test_a_wrapper_that_does_not_exist_is_told_at_the_start(queue, wrapper, words):
-    queue.add('a.sh')
-    status, log = queue.poll('--workers', '1', '--wrapper', wrapper)
-    assert status == 2
-    assert words in log
-    assert queue.all() == {'a.sh': 'to_run'}
-
-
-# --- Rule 1: nothing is lost, whatever is killed or full --------------------------------------------------------------
-
-def test_a_name_used_again_keeps_both_runs(queue):
-    for n in range(3):
-        queue.add('a.sh', f'echo {n}; exit {n}')
-        queue.poll()
-    assert queue.all() == {'a.sh': 'complete', 'a-1.sh': 'fail', 'a-2.sh': 'fail'}
-    assert [queue.out(f'{name}.stdout') for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['0\n', '1\n', '2\n']
-    assert queue.record('a-2.sh')['script'] == 'a.sh'
-
-
-def test_a_name_is_taken_as_long_as_anything_is_left_of_it(queue):
-    (queue.path / 'out' / 'a.sh.stdout').write_text('old')
-    (queue.path / 'fail' / 'a-1.sh').write_text('old')
-    queue.add('a.sh', 'echo new')
-    queue.poll()
-    assert queue.out('a.sh.stdout') == 'old'
-    assert (queue.path / 'fail' / 'a-1.sh').read_text() == 'old'
-    assert queue.out('a-2.sh.stdout') == 'new\n'
-
-
-def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
-    queue.add('a.sh', f'echo run; [ -e {queue.q}/gate ] || exec sleep 1000')
-    first = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    queue.pid('a.sh')
-    first.kill()
-    first.wait()
-    os.killpg(queue.pid('a.sh'), signal.SIGKILL)  # as the power would
-    queue.open_gate()
-    status, log = queue.poll('--workers', '1')
-    assert status == 0
-    assert re.search(r'worker 0: requeue a.sh \(cut off, \d+\.\d s\)', log)
-    assert queue.all() == {'a-1.sh': 'complete'}
-    assert queue.record('a-1.sh')['script'] == 'a.sh'
-    assert queue.out('a.sh.stdout') == queue.out('a-1.sh.stdout') == 'run\n'
-    assert queue.record('a.sh')['exitcode'] is None
-
-
-def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
-    queue.add('a.sh', 'echo old; exec sleep 1000')
-    first = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    queue.pid('a.sh')
-    first.kill()
-    first.wait()
-    os.killpg(queue.pid('a.sh'), signal.SIGKILL)
-    queue.add('a.sh', 'echo new', mode=0o644)
-    second = queue.start('--workers', '1', '--exit', '0')
-    until(lambda: queue.names('to_run') == ['a.sh'] and queue.names('running') == ['a-1.sh'])
-    assert 'echo new' in (queue.path / 'to_run' / 'a.sh').read_text()
-    assert 'requeue a.sh as a-1.sh (cut off' in second.log()
-
-
-def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue):
-    queue.add('a.sh', 'kill -9 0')
-    status, log = queue.poll('--workers', '1')
-    assert status == 1
-    assert queue.all() == {'a-1.sh': 'fail'}
-    assert queue.out('a-1.sh.exitcode') == '137'
-    assert 'requeue a.sh (cut off' in log
-
-
-CRASH = """
-import os, signal, sys, fastgpu
-left = int(sys.argv.pop(1))
-def step():
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-def audit(event, args):
-    if event in STEPS or event == 'open' and isinstance(args[2], int) and args[2] & os.O_CREAT:
-        step()
-STEPS = 'os.rename', 'os.remove', 'os.truncate', 'os.chmod', 'os.killpg', 'fcntl.flock', 'subprocess.Popen'
-def also_before(module, name):
-    function = getattr(module, name)
-    setattr(module, name, lambda *args: [step(), function(*args)][1])
-also_before(os, 'pwrite')
-also_before(os, 'pidfd_open')
-also_before(fastgpu, 'rename_new')
-sys.addaudithook(audit)
-sys.exit(fastgpu.main())
-"""
-
-
-@pytest.mark.parametrize(('body', 'stride'), [('exit 3', 1), ('kill -9 0', 13)])
-def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, stride):
-    for number in itertools.count(1, stride):
-        queue = Queue(tmp_path / str(number))
-        for name in 'a', 'b':  # the second starts before the first is filed
-            queue.add(f'{name}.sh', f'echo run >> {queue.q}/{name}; echo whole; {body}')
-        crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
-        code = crashing.wait(30)
-        if code != -signal.SIGKILL:
-            break
-        queue.poll('--workers', '1')
-        assert set(queue.all().values()) == {'fail'}, number
-        assert len(queue.all()) == 2, number
-        for name in 'a', 'b':
-            ran = (queue.path / name).read_text().count('run')
-            assert ran == len([out for out in queue.names('out') if re.match(f'{name}.*stdout', out)]), number
-            assert ran == 1 or body != 'exit 3', number
-        for name in queue.all():
-            assert queue.out(f'{name}.exitcode') == ('3' if body == 'exit 3' else '137')
-            assert queue.out(f'{name}.stdout') == 'whole\n'
-        records = [name[:-5] for name in queue.names('out') if name.endswith('.json')]
-        assert all('finished' in queue.record(name) for name in records if queue.has_out(f'{name}.stdout')), number
-        assert FixedWorkerPool([0], queue.path).find_next() == 0
-    assert code == 1
-    assert number > 24
+def on_host(name, boot=None):
+    """Return the words that start a poller on a host of that name; the file `boot` has its kernel's boot id."""
+    words = ['unshare', '--uts', '--mount', 'sh', '-c', 'hostname "$0" && '
+             + f'mount --bind {boot} /proc/sys/kernel/random/boot_id && ' * bool(boot) + 'exec "$@"', name]
+    if os.getuid() or subprocess.run([*words, 'true'], check=False, capture_output=True).returncode:
+        pytest.skip('cannot make another host here')
+    return (*words, sys.executable, str(MODULE))
 
 
 @pytest.fixture
@@ -1061,1845 +245,34 @@ def fill(path):
                 return path / 'filler'
 
 
-def test_a_full_disk_delays_a_start_and_loses_nothing(small_disk, tmp_path):
-    queue = small_disk
-    queue.add('a.sh', 'echo once')
-    poller = queue.start('--workers', '1', '--exit', '0', log=tmp_path / 'log')
-    until(lambda: queue.names('complete') == ['a.sh'])
-    queue.add('b.sh', 'echo once', mode=0o644)
-    (queue.path / f'.{os.uname().nodename}-0.lock').write_text('')  # or its new text would make room
-    filler = fill(queue.path)
-    (queue.path / 'to_run' / 'b.sh').chmod(0o755)
-    until(lambda: 'cannot start b.sh now: ' in poller.log())
-    assert queue.names('to_run') == ['b.sh']
-    assert FixedWorkerPool([0], queue.path).find_next() == 0  # not held meanwhile
-    filler.unlink()
-    until(lambda: queue.names('complete') == ['a.sh', 'b.sh'])
-    assert queue.out('b.sh.stdout') == 'once\n'
-    assert poller.poll() is None
-
-
-def test_a_script_that_ends_on_a_full_disk_is_filed_with_its_status_when_there_is_room(small_disk, tmp_path):
-    queue = small_disk
-    queue.add('a.sh', f'while [ ! -e {shlex.quote(str(tmp_path))}/full ]; do sleep 0.01; done; exit 5')
-    poller = queue.start('--workers', '1', log=tmp_path / 'log')
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    filler = fill(queue.path)
-    (tmp_path / 'full').touch()
-    until(lambda: 'cannot file a.sh now: ' in poller.log())
-    assert queue.all() == {'a.sh': 'running'}
-    assert FixedWorkerPool([0], queue.path).find_next() == 0
-    filler.unlink()
-    assert poller.wait(30) == 1
-    assert queue.all() == {'a.sh': 'fail'}
-    assert queue.out('a.sh.exitcode') == '5'
-
-
-def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_script_not_repeated(small_disk, tmp_path):
-    queue = small_disk
-    wait = 'until [ -e full ]; do sleep 0.01; done'
-    queue.add('a.sh', f'cd {shlex.quote(str(tmp_path))}; {wait}; echo x >> ran; exit 5')
-    poller = queue.start('--workers', '1', log=tmp_path / 'log')
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    poller.kill()
-    poller.wait()
-    filler = fill(queue.path)
-    (tmp_path / 'full').touch()
-    until(lambda: 'a.sh.exitcode' in queue.names('out'))
-    until(lambda: not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}'))
-    filler.unlink()
-    poller = queue.start('--workers', '1', log=tmp_path / 'log')
-    assert poller.wait(30) == 1
-    assert 'fail a.sh (status unknown, the disk was full, ' in poller.log()
-    assert queue.all() == {'a.sh': 'fail'}
-    assert (tmp_path / 'ran').read_text() == 'x\n'
-
-
-def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_that_never_started(small_disk, tmp_path):
-    queue = small_disk
-    subprocess.run(['mount', '-o', 'remount,nr_inodes=60', queue.path], check=True)
-    fill = 'n=0; while touch more$n 2>/dev/null; do n=$((n+1)); done'
-    queue.add('a.sh', f'echo >>{shlex.quote(str(tmp_path))}/runs; cd {queue.q}; {fill}; echo precious >&2; exit 254')
-    poller = queue.start('--workers', '1', log=tmp_path / 'log')
-    until(lambda: 'cannot file a.sh now' in poller.log())
-    for file in queue.path.glob('more*'):
-        file.unlink()
-    assert poller.wait(30) == 1
-    assert queue.all() == {'a.sh': 'fail'}
-    assert queue.out('a.sh.exitcode') == '254'
-    assert 'precious\n' in queue.out('a.sh.stderr')
-    assert (tmp_path / 'runs').read_text() == '\n'
-
-
-def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
-    queue = small_disk
-    queue.add('a.sh', f'while [ ! -e {shlex.quote(str(tmp_path))}/go ]; do sleep 0.01; done; exit 5')
-    poller = queue.start('--workers', '1', log=tmp_path / 'log')
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    pid = queue.pid('a.sh')
-    (tmp_path / 'go').touch()
-    poller.send_signal(signal.SIGSTOP)
-    until(lambda: Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z')
-    (queue.path / 'out' / 'a.sh.exitcode').unlink()  # as if it had not been able to write
-    until(lambda: subprocess.run(['mount', '-o', 'remount,ro', queue.path], check=False,
-                                 capture_output=True).returncode == 0 or poller.send_signal(signal.SIGCONT))
-    poller.send_signal(signal.SIGCONT)
-    until(lambda: 'cannot file a.sh now: ' in poller.log() or poller.poll() is not None)
-    subprocess.run(['mount', '-o', 'remount,rw', queue.path], check=True)
-    poller.wait(30)
-    assert queue.all() == {'a.sh': 'fail'}
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason='root has no limit of processes, and only root can become another user')
-def test_no_process_for_a_script_delays_its_start():
-    limit = ('import grp, locale, os, resource, shutil, sys, fastgpu; os.setgid(12345); os.setuid(12345)\n'
-             'resource.setrlimit(resource.RLIMIT_NPROC, (int(sys.argv.pop(1)),) * 2); sys.exit(fastgpu.main())')
-    with tempfile.TemporaryDirectory() as path:
-        queue = Queue(Path(path))
-        queue.add('a.sh', 'exit 3')
-        for folder in path, *Path(path).iterdir():
-            os.chown(folder, 12345, 12345)
-        for number in 1, 2:  # for the poller alone, and for the shim too
-            with tempfile.TemporaryDirectory() as logs:
-                poller = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', limit),
-                                     cwd=MODULE.parent, log=Path(logs) / 'log')
-                until(lambda poller=poller: 'cannot start a.sh now: ' in poller.log())
-                until(lambda: queue.names('out') == [])  # which is after that line
-                tried = (queue.path / 'out').stat().st_mtime_ns
-                time.sleep(0.5)
-                assert (queue.path / 'out').stat().st_mtime_ns == tried  # once a second, not all the time
-                poller.terminate()
-                assert poller.wait(30) == 143
-            assert queue.all() == {'a.sh': 'to_run'}
-            assert queue.names('out') == []
-        for folder in path, *Path(path).iterdir():
-            os.chown(folder, 0, 0)
-        assert queue.poll('--workers', '1')[0] == 1
-        assert queue.out('a.sh.exitcode') == '3'
-
-
-def test_a_script_that_cannot_be_started_now_stays_and_is_started_later(queue):
-    # Without room for the files of its output: a stand-in for all that a machine can lack.
-    shutil.rmtree(queue.path / 'out')
-    (queue.path / 'full').mkdir()
-    (queue.path / 'out').symlink_to('full')
-    queue.add('a.sh')
-    pool = FixedWorkerPool([0], queue.path)
-    (queue.path / 'out').unlink()
-    (queue.path / 'out').symlink_to('elsewhere')
-    with pytest.raises(OSError, match=r'elsewhere|a\.sh'):
-        pool.run(queue.path / 'to_run' / 'a.sh', 0)
-    assert queue.all() == {'a.sh': 'to_run'}
-    (queue.path / 'elsewhere').mkdir()
-    assert pool.poll_scripts() == 0
-    assert queue.all() == {'a.sh': 'complete'}
-
-
-def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
-    queue.add('a.sh')
-    code = ('import resource, sys, fastgpu; pool = fastgpu.FixedWorkerPool([0], sys.argv[1])\n'
-            'resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))\n'
-            'try: print(pool.run("a.sh", 0))\n'
-            'except OSError as error: print(error.errno)')
-    for files in range(4, 20):
-        run = subprocess.run([sys.executable, '-c', code, str(queue.path), str(files)], capture_output=True, text=True,
-                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
-        assert run.returncode == 0, run.stderr
-        if run.stdout == 'True\n':
-            break
-        assert queue.all() == {'a.sh': 'to_run'}
-        assert queue.names('out') == []
-    assert files > 6
-    assert list(queue.all()) == ['a.sh']
-
-
-def test_a_folder_that_vanishes_is_made_again(queue):
-    queue.add('a.sh', queue.gate())
-    queue.add('b.sh')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.names('running') == ['a.sh'])
-    (queue.path / 'complete').rmdir()
-    queue.open_gate()
-    assert poller.wait(30) == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-
-
-def test_a_queue_that_vanishes_ends_its_poller_with_one_line(queue):
-    poller = queue.start('--workers', '1', '--exit', '0', log=queue.path.parent / 'log')
-    queue.let_look(poller)
-    os.rename(queue.path, queue.path.parent / 'elsewhere')
-    assert poller.wait(30) == 1
-    assert re.search(r'^fastgpu_poll: .*/q/\w+: No such file or directory; what runs goes on', poller.log(), re.M)
-    assert 'Traceback' not in poller.log()
-
-
-# --- Rule 2: each script runs once, on one host or on several ---------------------------------------------------------
-
-def test_two_pollers_run_200_scripts_once_each(queue):
-    ran = queue.path / 'ran'
-    for n in range(200):
-        queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {shlex.quote(str(ran))}')
-    pollers = [queue.start('--workers', '2') for _ in range(2)]
-    assert [poller.wait(60) for poller in pollers] == [0, 0]
-    assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(200)})
-    assert set(queue.all().values()) == {'complete'}
-    assert len(queue.names('complete')) == 200
-    assert len(queue.names('out')) == 800
-
-
-def test_two_claims_of_one_name_are_two_runs(queue):
-    queue.add('a.sh')
-    first, second = (FixedWorkerPool([0], queue.path).queue for _ in range(2))
-    run = first.claim('a.sh', 'worker', [0])
-    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')  # as before its rename
-    other = second.claim('a.sh', 'worker', [0])
-    assert (run.name, other.name) == ('a.sh', 'a-1.sh')
-    other.unclaim()
-    assert queue.names('out') == ['a.sh.json']
-
-
-def test_a_script_that_vanishes_between_look_and_claim_leaves_no_trace(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    script = queue.add('a.sh')
-    script.unlink()
-    assert not pool.run(script, 0)
-    assert queue.names('out') == []
-    assert pool.find_next() == 0
-
-
-def test_runs_of_another_host_are_left_alone_and_named(queue):
-    queue.add('a.sh')
-    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
-    record = {'script': 'a.sh', 'host': 'far\x1baway', 'ids': [0], 'started': 1.0, 'pid': 1}
-    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
-    status, log = queue.poll()
-    assert status == 0
-    assert queue.all() == {'a.sh': 'running'}
-    command = f'{shlex.join(["mv", f"{queue.path}/running/a.sh", f"{queue.path}/to_run"])}/'
-    assert f'a.sh runs on far\\x1baway; if no fastgpu_poll will run there again: {command}\n' in log
-    subprocess.run(command, shell=True, check=True)
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a-1.sh': 'complete'}
-
-
-@pytest.mark.parametrize(('code', 'folder'), [(0, 'complete'), (3, 'fail')])
-def test_a_run_that_ended_on_another_host_is_not_to_be_run_again(queue, code, folder):
-    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
-    record = {'script': 'a.sh', 'host': 'far', 'ids': [0], 'started': 1.0, 'pid': 1}
-    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
-    (queue.path / 'out' / 'a.sh.exitcode').write_text(str(code))
-    log = queue.poll()[1]
-    said = rf'a.sh ended \(status {code}\) on far; if no fastgpu_poll will run there again: (mv .*)\n'
-    mend = re.search(said, log)[1]
-    subprocess.run(mend, shell=True, check=True)
-    assert queue.all() == {'a.sh': folder}
-
-
-def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
-    queue.add('a.sh')
-    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.all() == {'a.sh': 'running'}
-    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
-
-
-def test_an_edited_record_does_not_make_its_script_run_twice(queue):
-    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
-    first = queue.start('--workers', '1')
-    until(lambda: (queue.path / 'ran').exists() and 'pid' in queue.record('a.sh'))
-    record = queue.path / 'out' / 'a.sh.json'
-    shutil.copy(record, record.with_suffix('.new'))
-    os.rename(record.with_suffix('.new'), record)  # as editors do: a new file, which nobody locks
-    second = queue.start('--workers', '2')
-    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
-    queue.open_gate()
-    assert [first.wait(30), second.wait(30)] == [0, 0]
-    assert queue.all() == {'a.sh': 'complete'}
-    assert (queue.path / 'ran').read_text() == 'run\n'
-
-
-def on_host(name, boot=None):
-    """Return the words that start a poller on a host of that name; the file `boot` has its kernel's boot id."""
-    words = ['unshare', '--uts', '--mount', 'sh', '-c', 'hostname "$0" && '
-             + f'mount --bind {boot} /proc/sys/kernel/random/boot_id && ' * bool(boot) + 'exec "$@"', name]
-    if os.getuid() or subprocess.run([*words, 'true'], check=False, capture_output=True).returncode:
-        pytest.skip('cannot make another host here')
-    return (*words, sys.executable, str(MODULE))
-
-
-def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue, tmp_path):
-    for n in range(40):
-        queue.add(f'{n:02}', f'echo {n} >> {queue.q}/ran')
-    queue.add('00', f'echo 0 >> {queue.q}/ran; ' + queue.gate())
-    hosts = []
-    for name in 'one', 'two':
-        (tmp_path / name).write_text(f'boot of {name}\n')
-        hosts.append(on_host(name, tmp_path / name))
-    pollers = [queue.start('--workers', '1', command=host) for host in hosts]
-    until(lambda: len(queue.names('complete')) == 39)
-    owner = ['one', 'two'].index(queue.record('00')['host'])
-    other = pollers[1 - owner]
-    assert other.wait(30) == 0  # what runs elsewhere is not waited for
-    assert queue.names('running') == ['00']
-    pollers[owner].kill()
-    pollers[owner].wait()
-    os.killpg(queue.pid('00'), signal.SIGKILL)
-    third = queue.start('--workers', '1', command=hosts[1 - owner])
-    assert third.wait(30) == 0
-    assert queue.names('running') == ['00']
-    said = f'00 runs on {["one", "two"][owner]}; if no fastgpu_poll will run there again: (mv .*)'
-    command = re.search(said, third.log())[1]
-    subprocess.run(command, shell=True, check=True)
-    queue.open_gate()
-    assert queue.poll()[0] == 0
-    assert sorted(map(int, (queue.path / 'ran').read_text().split())) == sorted([0, *range(40)])
-
-
-def test_a_container_that_is_started_anew_under_another_name_files_what_ended(queue):
-    queue.add('ended.sh', queue.gate('end') + 'exit 3')
-    queue.add('runs.sh', queue.gate())
-    first = queue.start('--workers', '2', command=on_host('before'))
-    for name in 'ended.sh', 'runs.sh':
-        queue.pid(name)
-    first.kill()
-    first.wait()
-    queue.open_gate('end')
-    second = queue.start('--workers', '2', command=on_host('after'))
-    until(lambda: 'waiting for runs.sh, which runs without this poller' in second.log())
-    assert queue.all() == {'ended.sh': 'fail', 'runs.sh': 'running'}
-    queue.open_gate()
-    assert second.wait(30) == 1
-    assert queue.all() == {'ended.sh': 'fail', 'runs.sh': 'complete'}
-
-
-@pytest.mark.parametrize(('change', 'folder'), [
-    ({'boot': 'before'}, 'complete'), ({'boot': 'before', 'host': 'old-name'}, 'running'),
-    ({'boot': 'theirs', 'machine': 'theirs'}, 'running'), ({'boot': 'theirs', 'machine': ''}, 'running'),
-    ({'host': 'old-name', 'machine': 'theirs'}, 'complete')])
-def test_a_run_is_of_the_kernel_that_started_it_or_of_this_machine_before_its_reboot(queue, change, folder):
-    if not fastgpu.this_host()['machine']:
-        pytest.skip('has no machine-id(5)')
-    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
-    record = {'script': 'a.sh', **fastgpu.this_host(), 'ids': [0], 'started': 1.0, 'pid': 2**22 + 1, **change}
-    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
-    (queue.path / 'out' / 'a.sh.stdout').touch()
-    status, log = queue.poll()
-    assert status == 0
-    assert queue.all() == {'a.sh' if folder == 'running' else 'a-1.sh': folder}
-    assert ('if no fastgpu_poll will run there again: mv ' in log) == (folder == 'running')
-
-
-# --- Rule 3: a resource has one owner (for GPUs, see below) -----------------------------------------------------------
-
-def test_a_resource_is_not_given_to_a_second_script(wp):
-    queue = Queue(wp.path)
-    for name in 'ab':
-        queue.add(name, queue.gate())
-    assert wp.run('a', 0)
-    with pytest.raises(FastgpuError, match='worker 0 is in use'):
-        wp.run('b', 0)
-    assert FixedWorkerPool([0], wp.path).lock_next() is None
-    queue.open_gate()
-    assert wp.poll_scripts() == 0
-
-
-def test_two_pollers_on_one_host_share_the_slots(queue):
-    for name in 'abcd':
-        queue.add(name, queue.gate())
-    pollers = [queue.start('--workers', '2') for _ in range(2)]
-    until(lambda: len(queue.names('running')) == 2 and any('busy: runs' in poller.log() for poller in pollers))
-    assert len(queue.names('to_run')) == 2
-    queue.open_gate()
-    assert [poller.wait(30) for poller in pollers] == [0, 0]
-    assert set(queue.all().values()) == {'complete'}
-
-
-def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
-    queue.add('a.sh', queue.gate())
-    queue.add('b.sh', '')
-    first = queue.start('--workers', '1')
-    kill_holding(first, queue, 'a.sh', queue.path)
-    second = queue.start('--workers', '1')
-    until(lambda: 'worker 0 busy: runs a.sh of yours (pid ' in second.log())
-    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
-    queue.open_gate()
-    assert second.wait(30) == 0
-    assert queue.record('b.sh')['started'] >= queue.record('a.sh')['finished']
-
-
-def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_again(queue):
-    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
-    queue.add('b.sh')
-    poller = queue.start('--workers', '1')
-    until(lambda: (queue.path / 'ran').exists())
-    os.kill(queue.pid('a.sh'), signal.SIGKILL)
-    until(lambda: 'worker 0 busy' in poller.log() and queue.record('a.sh').get('shim_killed'))
-    queue.let_look(poller)
-    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
-    queue.open_gate()
-    assert poller.wait(30) == 1
-    assert 'fail a.sh (status unknown, the shell that waits for it was killed, ' in poller.log()
-    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'complete'}
-    assert (queue.path / 'ran').read_text() == 'run\n'
-
-
-def test_a_script_that_ends_right_after_its_shim_was_killed_does_not_run_again(queue):
-    for _ in range(3):
-        (queue.path / 'ran').unlink(missing_ok=True)
-        queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
-        poller = queue.start('--workers', '1')
-        until(lambda: (queue.path / 'ran').exists())
-        os.kill(queue.pid(until(lambda: queue.names('running'))[0]), signal.SIGKILL)
-        time.sleep(random.random() / 20)
-        queue.open_gate()
-        assert poller.wait(30) in (0, 1)
-        if (queue.path / 'ran').read_text() != 'run\n':  # its poller had no chance to see that it lived
-            assert 'cut off' in poller.log()
-        (queue.path / 'gate').unlink()
-
-
-@pytest.mark.parametrize('wrapper', ['', '--wrapper=closing'])
-def test_a_group_that_is_killed_whole_is_requeued_and_a_shim_alone_is_not(queue, monkeypatch, wrapper):
-    closing = queue.path / 'closing'
-    code = 'import os, sys; os.closerange(3, 1000); os.execv(sys.argv[1], sys.argv[1:])'
-    closing.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", code])} "$@"\n')
-    closing.chmod(0o755)
-    monkeypatch.setenv('PATH', f'{queue.path}:{os.environ["PATH"]}')
-    for name in 'whole', 'shim':
-        queue.add(name, f'echo run >> {queue.q}/{name}.ran; ' + queue.gate())
-    poller = queue.start('--workers', '2', *filter(None, [wrapper]))
-    until(lambda: all((queue.path / f'{name}.ran').exists() for name in ('whole', 'shim')))
-    os.kill(queue.pid('shim'), signal.SIGKILL)
-    os.killpg(queue.pid('whole'), signal.SIGKILL)
-    until(lambda: 'requeue whole (cut off' in poller.log() and queue.record('shim').get('shim_killed'))
-    queue.open_gate()
-    assert poller.wait(30) == 1
-    assert queue.all() == {'whole-1': 'complete', 'shim': 'fail'}
-    assert (queue.path / 'shim.ran').read_text() == 'run\n'
-
-
-def test_children_that_nobody_may_wait_for_are_no_success(queue):
-    api = ('import fastgpu, signal, sys\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n'
-           'sys.exit(fastgpu.FixedWorkerPool([0], ".").poll_scripts())')
-    queue.add('a.sh', 'exit 3')
-    queue.add('b.sh')
-    run = subprocess.run([sys.executable, '-c', api], cwd=queue.path, capture_output=True, text=True,
-                         env={**os.environ, 'PYTHONPATH': str(MODULE.parent)}, timeout=60)
-    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'complete'}, run.stderr
-    assert run.returncode == 1
-
-
-def test_pkill_of_fastgpu_ends_the_poller_and_no_script(queue):
-    queue.add('a.sh', queue.gate())
-    poller = queue.start('--workers', '1')
-    command = Path(f'/proc/{queue.pid("a.sh")}/cmdline').read_bytes().replace(os.fsencode(queue.path), b'')
-    assert b'_job_status' in command
-    assert b'fastgpu' not in command
-    poller.kill()
-
-
-def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
-    queue.add('a.sh', queue.gate())
-    command = shlex.join([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)])
-    command = f'exec {command} <&- >&- 2>&-'
-    first = subprocess.Popen(['/bin/sh', '-c', command])
-    queue.pollers.append(first)
-    kill_holding(first, queue, 'a.sh', queue.path)
-    queue.add('b.sh')
-    second = queue.start('--workers', '1')
-    until(lambda: 'worker 0 busy: runs a.sh' in second.log())
-    queue.let_look(second)
-    queue.open_gate()
-    assert second.wait(30) == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-
-
-def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_free(queue):
-    queue.add('a.sh', f'({queue.gate()}) & echo started')
-    queue.add('b.sh')
-    assert queue.poll('--workers', '1')[0] == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-    assert FixedWorkerPool([0], queue.path).find_next() == 0
-
-
-def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(queue):
-    queue.add('a.sh', f'({queue.gate()}) &')
-    queue.add('b.sh', f'echo; {queue.gate("second")}')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('b.sh.stdout'))
-    poller.kill()
-    poller.wait()
-    queue.open_gate('second')
-    until(lambda: queue.has_out('b.sh.exitcode'))
-    until(lambda: FixedWorkerPool([0], queue.path).find_next() == 0)
-    queue.open_gate()
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
-def test_no_other_user_can_free_a_gpu_or_make_us_write_to_our_own_files(tmp_path):
-    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
-        os.chmod(path, 0o1777)
-        lock = Path(path) / 'fastgpu-X.lock'
-        fd = take_lock(lock)
-        attack = f"""
-import fcntl, os, struct, sys
-os.setgid(65534); os.setuid(65534)
-def lock(kind):
-    whole = struct.pack('hhqqi', kind, os.SEEK_SET, 0, 0, 0)
-    fcntl.fcntl(os.open({str(lock)!r}, os.O_RDWR), fcntl.F_OFD_SETLK, whole)
-for attempt in (lambda: os.unlink({str(lock)!r}), lambda: os.rename({str(lock)!r}, {str(lock)!r} + '2'),
-                lambda: os.chmod({str(lock)!r}, 0),
-                lambda: lock(fcntl.F_WRLCK), lambda: lock(fcntl.F_RDLCK),
-                lambda: fcntl.lockf(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)):
-    try:
-        attempt()
-    except OSError:
-        continue
-    sys.exit('it worked')
-lock(fcntl.F_UNLCK)
-fcntl.lockf(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_UN)
-open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
-"""
-        subprocess.run([sys.executable, '-c', attack], check=True)
-        assert take_lock(lock) is None
-        assert why_locked(lock) == r'busy: \x1b[2Jnobody uses this'
-        os.close(fd)
-        os.chown(lock, 65534, 65534)  # a file that another user made is as good
-        os.chmod(lock, 0o666)
-        fd = take_lock(lock)
-        assert fd is not None
-        os.close(fd)
-
-
-# --- Rule 4: killing the poller kills no work -------------------------------------------------------------------------
-
-def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
-    queue.add('ends-well.sh', queue.gate('one') + 'echo well')
-    queue.add('fails.sh', queue.gate('one') + 'echo bad; exit 7')
-    queue.add('runs-on.sh', queue.gate('two') + 'echo on; exit 8')
-    queue.add('waits.sh', 'echo waited')
-    first = queue.start('--workers', '3')
-    until(lambda: len(queue.names('running')) == 3 and all('pid' in queue.record(n) for n in queue.names('running')))
-    first.kill()
-    first.wait()
-    queue.open_gate('one')
-    until(lambda: queue.has_out('ends-well.sh.exitcode') and queue.has_out('fails.sh.exitcode'))
-    assert len(queue.names('running')) == 3
-    second = queue.start('--workers', '3')
-    until(lambda: queue.all() == {'ends-well.sh': 'complete', 'fails.sh': 'fail', 'runs-on.sh': 'running',
-                                  'waits.sh': 'complete'})
-    until(lambda: 'waiting for runs-on.sh, which runs without this poller' in second.log())
-    assert second.poll() is None
-    queue.open_gate('two')
-    assert second.wait(30) == 1
-    assert queue.all()['runs-on.sh'] == 'fail'
-    assert [queue.out(f'{name}.sh.exitcode') for name in ('ends-well', 'fails', 'runs-on')] == ['0', '7', '8']
-    assert queue.out('runs-on.sh.stdout') == 'on\n'
-    record = queue.record('runs-on.sh')
-    assert record['exitcode'] == 8
-    assert abs(record['finished'] - (queue.path / 'out' / 'runs-on.sh.exitcode').stat().st_mtime) < 1
-
-
-@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGKILL])
-def test_hup_and_kill_of_the_poller_leave_the_scripts_running(queue, signum):
-    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    poller.send_signal(signum)
-    assert poller.wait(30) == -signum
-    queue.open_gate()
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    assert queue.out('a.sh.stdout') == 'ready\nend\n'
-
-
-def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
-    queue.add('a.sh', TRAP.format(6))
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    poller.kill()
-    poller.wait()
-    os.killpg(queue.pid('a.sh'), signal.SIGTERM)
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    assert queue.out('a.sh.exitcode') == '6'
-
-
-@pytest.mark.parametrize('signum', ['USR1', 'USR2', 'ALRM', 'PIPE', 'QUIT', 'HUP', 'INT', 'TERM'])
-def test_a_signal_to_its_group_is_for_the_script_to_handle(queue, signum):
-    queue.add('a.sh', f'trap "echo caught" {signum}; kill -{signum} 0; echo done')
-    assert queue.poll()[0] == 0
-    assert queue.out('a.sh.stdout') == 'caught\ndone\n'
-
-
-def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_script(queue):
-    queue.add('a.sh', queue.gate())
-    queue.add('b.sh')
-    pool = FixedWorkerPool([0], queue.path)
-    popen = subprocess.Popen.__init__
-
-    def interrupted(*args, **kwargs):
-        popen(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    subprocess.Popen.__init__ = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            pool.poll_scripts()
-    finally:
-        subprocess.Popen.__init__ = popen
-    assert pool.lock_next() is None
-    queue.open_gate()
-    assert pool.poll_scripts() == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-
-
-@pytest.mark.parametrize('times', [1, 2])
-def test_ctrl_c_in_the_api_drains_and_stops_as_in_the_command(queue, times):
-    queue.add('a.sh', queue.gate() if times == 1 else f'cd {queue.q}; [ -e ran ] || {{ touch ran; sleep 100; }}')
-    queue.add('b.sh')
-    api = ('import fastgpu, signal\npool = fastgpu.FixedWorkerPool([0], ".")\nfirst = pool.poll_scripts()\n'
-           'print(first, signal.getsignal(signal.SIGINT) == signal.default_int_handler, pool.poll_scripts())')
-    with open(queue.path / 'api.log', 'w') as log:
-        poller = subprocess.Popen([sys.executable, '-c', api], cwd=queue.path, stdout=log, stderr=log,
-                                  env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
-    queue.pollers.append(poller)
-    queue.pid('a.sh')
-    text = (queue.path / 'api.log').read_text
-    poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: waiting for 1 script; Ctrl-C again stops them' in text())
-    if times == 2:
-        until(lambda: (queue.path / 'ran').exists())
-        poller.send_signal(signal.SIGINT)
-    queue.open_gate()
-    assert poller.wait(30) == 0
-    assert text().endswith('130 True 0\n')
-    assert 'Traceback' not in text()
-    assert queue.all() == {'a.sh' if times == 1 else 'a-1.sh': 'complete', 'b.sh': 'complete'}
-
-
-def test_a_slot_is_not_held_after_an_interrupt_between_its_lock_and_the_start(queue):
-    class Interrupted(fastgpu.Claims):
-        def take_some(self, number, script):
-            super().take_some(number, script)
-            raise KeyboardInterrupt
-
-    queue.add('a.sh')
-    pool = FixedWorkerPool([0], queue.path)
-    pool.claims = Interrupted(pool)
-    with pytest.raises(KeyboardInterrupt):
-        pool.poll_scripts()
-    assert FixedWorkerPool([0], queue.path).lock_next() == 0
-    assert queue.all() == {'a.sh': 'to_run'}
-
-
-def test_a_pool_keeps_what_its_user_had_locked_before_it_polled(queue):
-    queue.add('a.sh')
-    pool = FixedWorkerPool([0, 1], queue.path)
-    assert pool.lock(0)
-    assert pool.poll_scripts() == 0
-    assert queue.record('a.sh')['ids'] == [1]
-    assert (list(pool.claims.locks), FixedWorkerPool([0], queue.path).lock_next()) == ([0], None)
-
-
-# --- Rule 5: nothing goes stale ---------------------------------------------------------------------------------------
-
-def test_a_crash_before_the_rename_costs_no_more_than_the_name(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    queue.add('a.sh', 'echo once')
-    if os.fork() == 0:
-        os.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-        pool.run('a.sh', 0)
-    os.wait()
-    assert queue.names('out') == ['a.sh.json']
-    assert queue.all() == {'a.sh': 'to_run'}
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a-1.sh': 'complete'}
-    assert queue.out('a-1.sh.stdout') == 'once\n'
-
-
-def test_a_crash_between_rename_and_launch_puts_the_script_back(queue):
-    pool = FixedWorkerPool([0], queue.path)
-    queue.add('a.sh', 'echo once')
-    if os.fork() == 0:
-        subprocess.Popen = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-        pool.run('a.sh', 0)
-    os.wait()
-    assert queue.all() == {'a.sh': 'running'}
-    assert queue.poll()[0] == 0
-    assert [queue.out(f'{name}.stdout') for name in queue.all()] == ['once\n']
-    assert list(queue.all().values()) == ['complete']
-
-
-def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
-    queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
-    first = queue.start('--workers', '1')
-    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    first.kill()
-    first.wait()
-    queue.open_gate('one')
-    assert queue.poll('--workers', '1')[0] == 1
-    assert queue.all() == {'a.sh': 'fail'}
-
-
-def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queue):
-    queue.add('cut.sh', f'echo run >> {queue.q}/ran; ' + queue.gate('never'))
-    queue.add('ended.sh', queue.gate() + 'exit 4')
-    first = queue.start('--workers', '2')
-    until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
-    queue.pid('cut.sh')
-    queue.pid('ended.sh')
-    first.send_signal(signal.SIGSTOP)
-    queue.open_gate()
-    until(lambda: queue.has_out('ended.sh.exitcode'))
-    first.kill()
-    first.wait()
-    os.killpg(queue.pid('cut.sh'), signal.SIGKILL)
-    assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
-    queue.open_gate('never')
-    assert queue.poll()[0] == 1
-    assert queue.all() == {'cut-1.sh': 'complete', 'ended.sh': 'fail'}
-    assert (queue.path / 'ran').read_text() == 'run\nrun\n'
-
-
-@pytest.mark.parametrize('jump', [-7200, 7200])
-def test_a_clock_that_jumps_costs_nothing(queue, monkeypatch, jump):
-    now, began = time.time, time.monotonic()
-    monkeypatch.setattr(time, 'time', lambda: now() + (jump if time.monotonic() > began + 0.3 else 0))
-    for n in range(6):
-        queue.add(f'{n}.sh', 'sleep 0.1')
-    assert FixedWorkerPool([0], queue.path).poll_scripts() == 0
-    assert len(queue.names('complete')) == 6
-
-
-# --- Rule 6: one bad script or file stops no other, and the reason is said --------------------------------------------
-
-def test_a_name_too_long_for_its_exitcode_stays_and_is_named(queue):
-    most = os.pathconf(queue.path, 'PC_NAME_MAX')
-    fits, too_long = 'f' * (most - len('.exitcode')), 'e' * (most - len('.exitcode') + 1)
-    queue.add(too_long)
-    queue.add(fits)
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.all() == {too_long: 'to_run', fits: 'complete'}
-    assert log.count('its name is too long, by 1 bytes') == 2
-    assert queue.names('out') == [f'{fits}.{kind}' for kind in ('exitcode', 'json', 'stderr', 'stdout')]
-
-
-def test_a_script_that_cannot_be_moved_stays_and_the_others_run(queue):
-    if os.getuid() or not shutil.which('chattr'):
-        pytest.skip('needs root and chattr')
-    script = queue.add('a.sh')
-    queue.add('b.sh')
-    if subprocess.run(['chattr', '+i', script], check=False, capture_output=True).returncode:
-        pytest.skip('no immutable files here')
-    try:
-        status, log = queue.poll('--workers', '1')
-    finally:
-        subprocess.run(['chattr', '-i', script], check=True)
-    assert status == 1
-    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
-    assert 'left in to_run: a.sh (it cannot be moved: Operation not permitted)' in log
-
-
-@pytest.mark.parametrize('kind', ['folder', 'fifo', 'link'])
-def test_one_odd_file_does_not_stop_the_others(queue, kind):
-    for name in 'a.sh', 'b.sh':
-        queue.add(name)
-    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
-    record = queue.path / 'out' / 'a.sh.json'
-    {'folder': Path.mkdir, 'fifo': os.mkfifo, 'link': lambda path: path.symlink_to('/etc/passwd')}[kind](record)
-    status, log = queue.poll()
-    assert status == 1  # it was left behind
-    assert queue.all() == {'a.sh': 'running', 'b.sh': 'complete'}
-    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
-
-
-def test_a_script_that_could_not_run_is_looked_at_again_when_it_has_changed(gpus, queue):
-    queue.add('a.sh', '#SBATCH -G two')
-    poller = queue.start('--exit', '0')
-    until(lambda: 'to_run/a.sh cannot run: ' in poller.log())
-    queue.add('a.sh', '#SBATCH -G 2')
-    until(lambda: queue.names('complete') == ['a.sh'])
-
-
-def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queue):
-    queue.add('a.sh', 'exit 3')
-    assert queue.poll(cwd=queue.path)[1].count('s): said nothing (out/a.sh.stderr)\n') == 1
-
-
-@pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
-def test_a_folder_that_cannot_be_read_for_a_while_is_said_and_looked_at_again(queue, tmp_path, number):
-    (tmp_path / 'sitecustomize.py').write_text(f"""
-import os
-listdir = os.listdir
-def fails(path='.'):
-    if str(path).endswith('running') and os.path.exists({str(tmp_path / 'away')!r}):
-        raise OSError({number}, os.strerror({number}), str(path))
-    return listdir(path)
-os.listdir = fails
-""")
-    queue.add('a.sh', queue.gate())
-    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
-    queue.pid('a.sh')
-    (tmp_path / 'away').touch()
-    said = f'cannot see the queue now: {queue.path}/running: {os.strerror(number)}; trying again'
-    until(lambda: said in poller.log())
-    queue.open_gate()
-    until(lambda: queue.names('complete') == ['a.sh'])  # which needs no look there
-    assert poller.poll() is None
-    (tmp_path / 'away').unlink()
-    assert poller.wait(30) == 0
-    assert poller.log().count('cannot see') == 1
-
-
-@pytest.mark.parametrize(('call', 'where', 'said'), [
-    ('stat', 'to_run/a.sh', ''), ('open', 'out/b.sh.json', 'cannot file b.sh now: '),
-    ('stat', 'out/a.sh.json', 'cannot start a.sh now: ')])
-def test_one_failed_look_at_a_file_is_no_verdict_on_it(queue, tmp_path, call, where, said):
-    away = tmp_path / 'away'
-    (tmp_path / 'sitecustomize.py').write_text(f"""
-import functools, os
-right = os.{call}
-def fails(path, *args, **kwargs):
-    if str(path).endswith({where!r}) and os.access({str(away)!r}, os.F_OK):
-        raise OSError(5, os.strerror(5), path)
-    return right(path, *args, **kwargs)
-os.{call} = functools.partial(fails)  # not a function, which in a class (pathlib of 3.9) would become a method
-""")
-    queue.add('b.sh', queue.gate())
-    first = queue.start('--workers', '2')
-    queue.pid('b.sh')
-    first.kill()
-    first.wait()
-    second = queue.start('--workers', '2', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
-    until(lambda: 'waiting for b.sh' in second.log())
-    away.touch()
-    queue.add('a.sh')
-    if said:
-        until(lambda: said in second.log())
-    else:
-        queue.open_gate()
-        until(lambda: queue.names('complete') == ['b.sh'])
-    looked = time.monotonic() + 1.2  # it looks around each second
-    until(lambda: time.monotonic() > looked)
-    assert second.poll() is None
-    assert 'mv ' not in second.log()
-    away.unlink()
-    queue.open_gate()
-    assert second.wait(30) == 0
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
-    assert queue.names('out') == sorted(f'{n}.{kind}' for n in ('a.sh', 'b.sh')
-                                        for kind in ('exitcode', 'json', 'stderr', 'stdout'))
-
-
-def test_resources_that_json_does_not_know_are_filed_by_the_next_poller_too(queue):
-    queue.add('a.sh', queue.gate())
-    api = 'import fastgpu; fastgpu.FixedWorkerPool([("host", 1)], ".").poll_scripts()'
-    first = subprocess.Popen([sys.executable, '-c', api], cwd=queue.path,
-                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
-    queue.pid('a.sh')
-    first.kill()
-    first.wait()
-    queue.open_gate()
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a.sh': 'complete'}
-
-
-@pytest.mark.parametrize('plant', [lambda path: path.symlink_to(path.parent / 'precious'), os.mkfifo])
-def test_what_is_planted_where_the_clock_is_does_no_harm(queue, plant):
-    (queue.path / 'precious').write_text('precious')
-    plant(queue.path / f'.{os.uname().nodename}.clock')
-    os.utime(queue.add('a.sh'))
-    assert queue.poll()[0] == 0
-    assert (queue.path / 'precious').read_text() == 'precious'
-
-
-def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
-    (tmp_path / 'sitecustomize.py').write_text("""
-import os
-listdir = os.listdir
-def fails(path='.'):
-    if str(path).endswith('running') and os.path.exists(os.path.join(path, 'a.sh')):
-        raise OSError(5, os.strerror(5), str(path))
-    return listdir(path)
-os.listdir = fails
-""")
-    queue.add('a.sh', 'exec sleep 1000')
-    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
-    until(lambda: 'cannot see the queue now' in poller.log())
-    poller.terminate()
-    assert poller.wait(30) == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-
-
-def test_a_script_that_needs_more_gpus_than_can_be_used_now_says_so(gpus, queue):
-    gpus.change(1, memory=15)
-    queue.add('a.sh', '#SBATCH --gpus=2')
-    poller = queue.start('--exit', '1')
-    until(lambda: 'a.sh waits for 2 gpus at once (only 1 can be used now), and all behind it wait too' in poller.log())
-    gpus.change(1, memory=0)
-    assert poller.wait(30) == 0
-
-
-def test_a_record_with_a_name_that_no_file_can_have_goes_to_fail_and_is_named(queue):
-    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
-    record = {'script': 'x' * 300, **fastgpu.this_host(), 'ids': [0], 'started': 1.0, 'pid': 2**22 + 1}
-    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
-    status, log = queue.poll()
-    assert status == 1
-    assert queue.all() == {'a.sh': 'fail'}
-    assert 'fail a.sh (cut off, and its record has a name that no file can have' in log
-
-
-def test_a_poller_in_a_script_of_its_own_queue_is_refused(queue):
-    command = shlex.join([sys.executable, str(MODULE), '--workers', '2', '--path', str(queue.path)])
-    queue.add('a.sh', command)
-    status, log = queue.poll('--workers', '1')
-    assert status == 1
-    assert 'fail a.sh (status 2, ' in log
-    assert 'this runs in a script of the same queue, and would wait for itself: use another --path' in log
-
-
-# --- Rule 7: the folders stay true under mv, rm and cp ----------------------------------------------------------------
-
-def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
-    for name in 'moved.sh', 'removed.sh':
-        queue.add(name, f'echo ready >> {queue.q}/{name}; exec sleep 1000')
-    poller = queue.start('--workers', '2', '--exit', '0')
-    until(lambda: (queue.path / 'moved.sh').exists() and (queue.path / 'removed.sh').exists())
-    os.rename(queue.path / 'running' / 'moved.sh', queue.path / 'moved-away.sh')
-    (queue.path / 'running' / 'removed.sh').unlink()
-    until(lambda: queue.record('moved.sh').get('finished') and queue.record('removed.sh').get('finished'))
-    assert queue.record('moved.sh')['cancelled'] is True
-    assert queue.out('removed.sh.exitcode') == '143'
-    assert queue.all() == {}
-    until(lambda: 'cancelled moved.sh (status 143, SIGTERM' in poller.log())
-    queue.add('next.sh')
-    until(lambda: queue.names('complete') == ['next.sh'])  # the slots are free again
-    poller.send_signal(signal.SIGINT)
-    assert poller.wait(30) == 130
-    assert ' 3 scripts in ' in poller.log()
-    assert ': 1 complete, 0 fail, 2 cancelled\n' in poller.log()
-
-
-def test_a_script_is_not_cancelled_because_its_folder_cannot_be_seen(queue):
-    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
-    poller = queue.start('--workers', '1', log=queue.path.parent / 'log')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    os.rename(queue.path / 'running', queue.path / 'run')
-    assert poller.wait(30) == 1
-    assert 'cancel a.sh' not in poller.log()
-    os.rename(queue.path / 'run', queue.path / 'running')
-    queue.open_gate()
-    assert queue.poll()[0] == 0
-    assert queue.out('a.sh.stdout') == 'ready\nend\n'
-
-
-def test_mv_of_a_running_script_back_to_to_run_starts_it_anew_when_it_has_ended(queue):
-    queue.add('a.sh', 'trap "sleep 0.3; echo end; exit 1" TERM; echo start; while :; do sleep 0.01; done')
-    poller = queue.start('--workers', '2')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    held = FixedWorkerPool([0, 1], queue.path)
-    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')
-    until(lambda: queue.has_out('a-1.sh.stdout'))
-    assert queue.out('a.sh.stdout') == 'start\nend\n'
-    assert queue.record('a-1.sh')['started'] >= queue.record('a.sh')['finished']
-    os.unlink(queue.path / 'running' / 'a-1.sh')
-    assert poller.wait(30) == 0
-    assert held.find_next() == 0
-
-
-def test_cancelling_works_for_the_script_of_a_dead_poller_too(queue):
-    queue.add('a.sh', 'echo ready; exec sleep 1000')
-    first = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    first.kill()
-    first.wait()
-    second = queue.start('--workers', '1')
-    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
-    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'fail' / 'a.sh')
-    assert second.wait(30) == 0
-    assert queue.out('a.sh.exitcode') == '143'
-    assert queue.record('a.sh')['cancelled'] is True
-    assert queue.all() == {'a.sh': 'fail'}
-
-
-@pytest.mark.parametrize('another', [False, True], ids=['and nothing is there', 'and another is made there'])
-def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue, another):
-    for name in 'ab':
-        queue.add(name, queue.gate('gate-of-all'))
-    queue.add('c', queue.gate('first'))
-    gates = queue.path.parent
-    for script in (queue.path / 'to_run').iterdir():
-        script.write_text(script.read_text().replace(str(queue.path), str(gates)))
-        os.utime(script, (1, 1))
-    log = gates / 'log'
-    poller = queue.start('--workers', '3', log=log)
-    for name in 'abc':
-        queue.pid(name)
-    moved = queue.path.rename(gates / 'moved')
-    if another:
-        fastgpu.setup_dirs(queue.path)
-    (gates / 'first').touch()  # what ends now makes its poller look for a folder
-    assert poller.wait(30) == 1
-    assert 'what runs goes on, and the next fastgpu_poll files it' in poller.log()
-    assert 'cancel' not in poller.log()
-    assert queue.path.exists() == another
-    queue.path = moved
-    assert {'a', 'b'} <= set(queue.names('running'))
-    (gates / 'gate-of-all').touch()
-
-
-def test_a_folder_of_the_queue_that_is_replaced_ends_its_poller_and_cancels_nothing(queue):
-    queue.add('a.sh', queue.gate())
-    poller = queue.start('--workers', '1')
-    queue.pid('a.sh')
-    (queue.path / 'running').rename(queue.path / 'running.old')
-    (queue.path / 'running').mkdir()
-    assert poller.wait(30) == 1
-    assert 'cancel' not in poller.log()
-    queue.open_gate()
-
-
-def test_a_script_that_ends_in_a_queue_that_was_moved_keeps_its_status_and_is_known_by_the_next_poller(queue):
-    ran = f'{queue.q}-ran'
-    for name in 'ab':
-        queue.add(name, f'echo ran >> {ran}; while ! [ -e {queue.q}-{name} ]; do sleep 0.01; done; exit 3')
-    poller = queue.start('--workers', '2')
-    pids = {queue.pid(name) for name in 'ab'}
-    until(lambda: Path(f'{queue.path}-ran').exists() and Path(f'{queue.path}-ran').read_text() == 'ran\nran\n')
-    poller.kill()
-    poller.wait()
-    old, queue.path = queue.path, queue.path.rename(f'{queue.path}-moved')
-    Path(f'{old}-a').touch()
-    until(lambda: queue.has_out('a.exitcode') == '3')
-    second = queue.start('--workers', '2')
-    until(lambda: queue.names('fail') == ['a'])
-    assert queue.names('running') == ['b']
-    assert not second.poll()
-    (queue.path / 'running' / 'b').rename(queue.path / 'b')  # to cancel it works too
-    assert second.wait(30) == 1
-    assert 'cancelled b ' in second.log()
-    assert not any(os.path.exists(f'/proc/{pid}') and 'Z' not in Path(f'/proc/{pid}/stat').read_text() for pid in pids)
-    assert Path(f'{old}-ran').read_text() == 'ran\nran\n'
-
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason='only root can mount')
-def test_a_queue_that_is_unmounted_is_not_made_anew_below(tmp_path, queue):
-    mounted = tmp_path / 'mounted'
-    mounted.mkdir()
-    if subprocess.run(['mount', '--bind', queue.path, mounted], check=False, capture_output=True).returncode:
-        pytest.skip('cannot mount here')
-    script = queue.add('a.sh', queue.gate())
-    log = tmp_path / 'log'
-    with open(log, 'w') as err:
-        poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', mounted], stderr=err)
-    queue.pollers.append(poller)
-    queue.pid('a.sh')
-    subprocess.run(['umount', '--lazy', mounted], check=True)
-    queue.open_gate()
-    assert poller.wait(30) == 1
-    assert list(mounted.iterdir()) == []
-    assert not script.exists()
-    assert 'cancel' not in log.read_text()
-
-
-@pytest.mark.parametrize('folder', ['complete', 'fail'])
-def test_the_folders_of_what_ended_are_made_anew_when_they_are_missing(queue, folder):
-    queue.add('a.sh', queue.gate() + f'exit {int(folder == "fail")}')
-    poller = queue.start('--workers', '1')
-    queue.pid('a.sh')
-    (queue.path / folder).rmdir()
-    queue.open_gate()
-    assert poller.wait(30) == int(folder == 'fail')
-    assert queue.all() == {'a.sh': folder}
-
-
-def test_mv_back_from_fail_runs_again_and_keeps_both_outputs(queue):
-    queue.add('a.sh', f'echo $$; [ -e {queue.q}/gate ]')
-    assert queue.poll()[0] == 1
-    os.rename(queue.path / 'fail' / 'a.sh', queue.path / 'to_run' / 'a.sh')
-    queue.open_gate()
-    assert queue.poll()[0] == 0
-    assert queue.all() == {'a-1.sh': 'complete'}
-    assert queue.out('a.sh.stdout') != queue.out('a-1.sh.stdout')
-    assert (queue.out('a.sh.exitcode'), queue.out('a-1.sh.exitcode')) == ('1', '0')
-
-
-def test_removing_from_out_and_complete_at_any_time_harms_nothing(queue):
-    queue.add('done.sh')
-    queue.poll()
-    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'exit 3')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    for folder in 'out', 'complete':
-        for name in queue.names(folder):
-            (queue.path / folder / name).unlink()
-    queue.open_gate()
-    assert poller.wait(30) == 1
-    assert queue.all() == {'a.sh': 'fail'}
-    assert queue.out('a.sh.exitcode') == '3'
-
-
-def test_files_of_others_in_out_are_left_alone(queue):
-    out = queue.path / 'out'
-    (out / 'metrics.json').write_text('{"loss": 0.1}')
-    (out / 'records.json').write_text('[]')
-    (out / 'folder.json').mkdir()
-    os.mkfifo(out / 'fifo.json')
-    os.utime(out / 'metrics.json', (1, 1))
-    queue.add('metrics')
-    queue.add('fifo')
-    assert queue.poll()[0] == 0
-    assert (out / 'metrics.json').read_text() == '{"loss": 0.1}'
-    assert {'metrics-1.json', 'fifo-1.json', 'folder.json', 'records.json'} <= set(queue.names('out'))
-
-
-# --- Rule 8: everybody gets a turn ------------------------------------------------------------------------------------
-
-def in_turn(queues):
-    """Return the queues of the scripts that ended, as numbers, in the order in which these started."""
-    return [number for _, number in sorted((queue.record(name)['started'], number) for number, queue in
-                                           enumerate(queues) for name in queue.names('complete'))]
-
-
-@pytest.fixture
-def queues(tmp_path, gpus):
-    gpus.have(1)
-    queues = [Queue(tmp_path / f'q{n}') for n in range(4)]
-    yield queues
-    for poller in itertools.chain(*(queue.pollers for queue in queues)):
-        poller.kill()
-        poller.wait()
-
-
-@pytest.mark.parametrize('number', [2, 3])
-def test_queues_that_wait_for_a_gpu_get_it_in_turn(queues, number):
-    queues = queues[:number]
-    for queue in queues:
-        for n in range(60 if queue is queues[0] else 6):
-            queue.add(f'{n:02}', 'sleep 0.01')
-    first = queues[0].start('--exit', '1')
-    until(lambda: queues[0].names('complete'))
-    for later in [queue.start('--exit', '1') for queue in queues[1:]]:
-        assert later.wait(60) == 0
-    assert len(queues[0].names('complete')) < 50  # it had not to end first
-    order = in_turn(queues)
-    turns = [list(group) for _, group in itertools.groupby(order[order.index(1):len(order) - order[::-1].index(1)])]
-    assert statistics.median(map(len, turns)) == 1
-    first.send_signal(signal.SIGTERM)
-
-
-def test_pollers_of_one_queue_share_a_slot_in_turn(queue):
-    for n in range(24):
-        queue.add(f'{n:02}', f'echo $PPID >/dev/null; echo $POLLER >> {queue.q}/ran; sleep 0.01')
-    pollers = [queue.start('--workers', '1', env={**os.environ, 'POLLER': name}) for name in 'ab']
-    assert [poller.wait(60) for poller in pollers] == [0, 0]
-    assert min(Counter((queue.path / 'ran').read_text().split()).values()) >= 6
-
-
-def test_who_waits_longest_is_first_and_is_so_no_longer_when_he_is_killed(tmp_path):
-    path = str(tmp_path / 'lock')
-    lines = [fastgpu.Line(path, fastgpu.WAITING) for _ in range(3)]
-    looker = fastgpu.open_lock(path)
-    assert not lines[0].before_us(looker) > 0
-    lines[1].join(1)
-    lines[0].join(1000000)
-    assert [line.before_us(looker) for line in lines] == [1, 0, 2]
-    lines[1].leave()
-    assert [line.before_us(looker) > 0 for line in lines] == [False, True, True]
-    lines[1].join(2000000)  # anew, behind all
-    assert [line.before_us(looker) > 0 for line in lines] == [False, True, True]
-    os.close(lines[0].fd)
-    lines[0].fd, lines[0].since = -1, 0
-    assert [line.before_us(looker) > 0 for line in lines] == [True, False, True]
-
-
-def test_whose_script_just_left_a_gpu_lets_those_go_first_who_waited(gpus, tmp_path):
-    had, waits = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
-    assert had.take_some(1, 'first') == [0]
-    assert had.take_some(1, 'second') == [1]
-    assert had.take_some(1, 'third') == waits.take_some(1, 'other') == []
-    had.unlock(0)
-    assert had.take_some(1, 'third') == []
-    assert waits.take_some(1, 'other') == [0]
-    waits.leave()
-    had.unlock(1)
-    assert had.take_some(1, 'third') == [1]  # nobody else waits any more
-
-
-def test_of_two_that_need_several_gpus_one_keeps_what_it_gets_and_the_other_waits(gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(fastgpu, 'STEP_BACK', 0)  # each could have what is free at once
-    holder, first, second = (ResourcePoolGPU(tmp_path / name).claims for name in 'abc')
-    assert holder.take_some(2, 'both') == [0, 1]
-    assert first.take_some(2, 'first') == second.take_some(2, 'second') == []
-    holder.unlock(1)
-    assert second.take_some(2, 'second') == first.take_some(2, 'first') == []
-    assert (list(second.locks), list(first.locks)) == ([], [1])
-    holder.unlock(0)
-    assert second.take_some(2, 'second') == []
-    assert first.take_some(2, 'first') == [0, 1]
-    first.unlock(0, 1)
-    until(lambda: second.take_some(2, 'second') == [0, 1])  # within the second that it asks again
-
-
-def test_what_is_kept_for_one_script_is_not_for_the_next(gpus, tmp_path):
-    gpus.have(4)
-    holder, keeper = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
-    assert holder.take_some(1, 'a') == [0]
-    assert keeper.take_some(4, 'big') == []
-    assert list(keeper.locks) == [1, 2, 3]
-    keeper.take_some(2, 'small')
-    until(lambda: keeper.take_some(2, 'small') == [1, 2])
-    assert ResourcePoolGPU(tmp_path / 'c').lock(3)
-
-
-@pytest.mark.parametrize('why', ['stopped', 'cannot use it'])
-def test_who_waits_and_cannot_take_what_is_free_does_not_change_the_turns_of_others(queues, why):
-    waits, *others = queues[:3]
-    waits.add('x')
-    args = ('--max-used', '100') if why == 'cannot use it' else ('--exit', '1')
-    blocker = others[0]
-    blocker.add('00', blocker.gate())
-    first = blocker.start('--exit', '1')
-    blocker.pid('00')
-    poller = waits.start(*args)
-    until(lambda: 'gpu 0 busy' in poller.log())
-    if why == 'stopped':
-        poller.send_signal(signal.SIGSTOP)
-    for queue in others:
-        for n in range(1, 9):
-            queue.add(f'{n:02}', 'sleep 0.05')
-    second = others[1].start('--exit', '1')
-    until(lambda: 'gpu 0 busy' in second.log())
-    blocker.open_gate()
-    assert [first.wait(60), second.wait(60)] == [0, 0]
-    order = in_turn(others)
-    assert statistics.median(len(list(group)) for _, group in itertools.groupby(order)) == 1, order
-    poller.kill()
-
-
-def test_who_waits_and_does_not_take_what_is_free_keeps_nobody_from_it(queues):
-    holder, stopped, other = queues[:3]
-    holder.add('a', holder.gate())
-    holder.start('--exit', '1')
-    holder.pid('a')
-    stopped.add('b')
-    poller = stopped.start('--exit', '1')
-    until(lambda: 'gpu 0 busy: runs a of yours' in poller.log())
-    poller.send_signal(signal.SIGSTOP)
-    for name in 'cde':
-        other.add(name)
-    late = other.start('--exit', '1')
-    until(lambda: 'gpu 0 busy: runs a of yours' in late.log())
-    holder.open_gate()
-    assert late.wait(60) == 0
-    poller.send_signal(signal.SIGCONT)
-    assert poller.wait(60) == 0
-
-
-def test_a_script_that_needs_several_gpus_is_not_starved_by_small_ones(gpus, queues):
-    gpus.have(2)
-    *streams, wants = queues[:3]
-    for queue in streams:
-        for n in range(80):
-            queue.add(f'{n:02}', 'sleep 0.1')
-    pollers = [queue.start('--exit', '1') for queue in streams]
-    until(lambda: all(queue.names('complete') for queue in streams))
-    wants.add('big.sh', '#SBATCH --gpus=2\n' + wants.gate())
-    big = wants.start('--exit', '1')
-    wants.pid('big.sh')
-    assert all(queue.names('to_run') for queue in streams)
-    wants.open_gate()
-    assert big.wait(60) == 0
-    for poller in pollers:
-        poller.send_signal(signal.SIGTERM)
-
-
-@pytest.mark.parametrize('end', ['cancelled', 'stopped', 'killed', 'refused'])
-def test_what_is_kept_is_free_when_nobody_needs_it_any_more(gpus, queues, end):
-    gpus.have(2)
-    holder, wants, other = queues[:3]
-    holder.add('a', holder.gate())
-    holder.start('--exit', '1')
-    holder.pid('a')
-    big = wants.add('big.sh', '#SBATCH --gpus=2\n')
-    poller = wants.start('--exit', '0')
-    until(lambda: 'gpu 1 kept for big.sh, which needs 2\n' in poller.log())
-    other.add('b')
-    late = other.start('--exit', '1')
-    kept = f'kept for big.sh of yours (pid {poller.pid}, {wants.path}), which needs 2\n'
-    until(lambda: f'gpu 1 busy: {kept}' in late.log())
-    assert 'kept for big.sh of ' in status(other)[1]
-    if end == 'cancelled':
-        big.unlink()
-    elif end == 'refused':
-        big.write_text('#!/bin/sh\n#SBATCH --gpus=3\n')
-    else:
-        poller.send_signal(signal.SIGTERM if end == 'stopped' else signal.SIGKILL)
-    assert late.wait(60) == 0
-    holder.open_gate()
-
-
-def test_who_needs_several_gpus_waits_for_no_one_who_needs_other_ones(gpus, queues, monkeypatch):
-    gpus.have(4)
-    gpus.change(0, pids=[4121])
-    for queue, visible in zip(queues, ('0,1', '2,3')):
-        queue.add('big.sh', '#SBATCH --gpus=2\n')
-        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
-        poller = queue.start('--exit', '1')
-        until(lambda poller=poller: 'kept for big.sh' in poller.log() or poller.poll() == 0)
-    assert queues[1].names('complete') == ['big.sh']
-    assert queues[0].names('to_run') == ['big.sh']
-
-
-def test_the_log_of_who_waits_tells_who_has_a_gpu_once_a_minute(queues):
-    for n in range(30):
-        queues[0].add(f'{n:02}', 'sleep 0.01')
-        queues[1].add(f'{n:02}', 'sleep 0.01')
-    pollers = [queue.start('--exit', '1') for queue in queues[:2]]
-    assert [poller.wait(60) for poller in pollers] == [0, 0]
-    for poller in pollers:
-        assert len(re.findall('gpu 0 busy', poller.log())) <= 1
-
-
-def test_who_needs_several_and_came_first_is_first_everywhere(gpus, tmp_path):
-    gpus.have(8)
-    first, second = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
-    assert first._may_keep(2)
-    assert not second._may_keep(2)
-    assert first._may_keep(2)
-    plant = gpus.locks / f'fastgpu-{gpus.gpus[3]["uuid"]}.lock'
-    plant.unlink()
-    plant.mkdir()  # one that cannot be used does not keep them from the others
-    third = ResourcePoolGPU(tmp_path / 'c').claims
-    first.leave()
-    second.leave()
-    assert third._may_keep(2)
-
-
-def test_what_cannot_be_met_now_keeps_nothing(gpus, queues):
-    gpus.have(2)
-    gpus.change(1, action=1)
-    queues[0].add('big', '#SBATCH --gpus=2')
-    wants = queues[0].start('--exit', '1')
-    until(lambda: '(only 1 can be used now)' in wants.log())
-    queues[1].add('small')
-    assert queues[1].poll('--exit', '1')[0] == 0
-    gpus.change(1, action=0)
-    assert wants.wait(30) == 0
-
-
-def test_who_stands_still_while_he_asks_the_driver_is_told_to_others(gpus, queues):
-    place = ResourcePoolGPU(queues[1].path).place(0)
-    fd = fastgpu.open_lock(place.path)
-    assert place.asking.lock(fd)
-    queues[0].add('a')
-    poller = queues[0].start('--exit', '1')
-    said = f'gpu 0 busy: another poller asks the driver, without an answer (fuser -v {place.path})'
-    until(lambda: said in poller.log())
-    os.close(fd)
-    assert poller.wait(30) == 0
-
-
-@pytest.mark.parametrize('note', [b'runs a\0b of x (pid 1, /t)', b'\xff' * 300, b'runs \xed\xb2\x80 of y (pid 1, /x)'])
-def test_no_note_of_another_user_is_more_than_a_text(gpus, queue, note):
-    path = ResourcePoolGPU(queue.path).place(0).path
+def take_lock(path, *place):
+    """Return a descriptor that holds a place in a lock file, by default the whole; None where somebody else does."""
     fd = fastgpu.open_lock(path)
-    assert fastgpu.Place(path).lock(fd)
-    os.pwrite(fd, note, 0)
-    assert 'busy' in status(queue)[1]
-    os.close(fd)
+    return fd if Place(path, *place).lock(fd) else os.close(fd)
 
 
-@pytest.mark.parametrize('plant', [Path.mkdir, os.mkfifo, lambda path: path.symlink_to('/etc/passwd')])
-def test_what_is_planted_as_a_lock_file_is_one_line_of_the_status(gpus, queue, plant):
-    plant(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock')
-    assert 'unusable: ' in status(queue)[1]
+def why_locked(path, *place):
+    return Place(path, *place).why_locked()
 
 
-def test_a_lock_of_all_pids_is_not_taken_for_endless_pollers(queue):
-    path = f'{queue.path}/.{os.uname().nodename}.poller'
-    fd = fastgpu.open_lock(path)
-    assert fastgpu.Place(path, 0, 1 << 22).lock(fd)
-    assert len(status(queue, '--workers', '1')[0]['pollers']) == 1
-    os.close(fd)
-
-
-def test_queues_with_all_kinds_of_demands_under_kill_9_share_the_gpus_and_all_come_to_an_end(gpus, queues):
-    gpus.have(3)
-    rng, options = random.Random(os.environ.get('SEED')), [1, 2, 3, 1]
-    for queue in queues:
-        for n in range(12):
-            need = '#SBATCH --gpus=2\n' * (rng.random() < 0.2)
-            queue.add(f'{n:02}', f'{need}date +%s.%N; sleep {rng.random() / 10:.2f}; date +%s.%N')
-    live = {}
-    deadline = time.monotonic() + 60
-    while any(queue.names('to_run') + queue.names('running') for queue in queues):
-        assert time.monotonic() < deadline
-        for queue, number in zip(queues, options):
-            if queue not in live or live[queue].poll() is not None:
-                live[queue] = queue.start('--exit', '1', '--per-gpu', str(number))
-        time.sleep(rng.random() / 5)
-        if time.monotonic() < deadline - 54:
-            live[rng.choice(queues)].kill()
-    uses = {}  # of each GPU: when it began and ended, and how many its poller lets share it
-    for queue, number in zip(queues, options):
-        assert len(queue.names('complete')) == 12
-        for name in queue.names('complete'):
-            began, ended = map(float, queue.out(f'{name}.stdout').split())
-            for ident in queue.record(name)['ids']:
-                uses.setdefault(str(ident)[0], []).append((began, ended, number))
-    for of_one in uses.values():
-        for began, *_ in of_one:
-            at_once = [use for use in of_one if use[0] <= began < use[1]]
-            numbers = [number for _, _, number in at_once]  # 1 is for all of it; of others, each has a place
-            assert len(at_once) <= (1 if 1 in numbers else max(numbers)), at_once
-
-
-# --- Pools: stopping in order -----------------------------------------------------------------------------------------
-
+NOT_OURS = 'locked, and not by fastgpu (fuser -v {} tells by whom)'
+AS_NOBODY = ('import grp, locale, os, shutil, sys, fastgpu; os.setgid(65534); os.setuid(65534)\n'
+             'sys.exit(fastgpu.main(sys.argv[1:]))')
 TRAP = 'trap "echo saved; exit {}" TERM; echo ready; while :; do sleep 0.01; done'
 
 
-def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
-    queue.add('a.sh', 'echo ready; ' + queue.gate())
-    queue.add('b.sh')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: waiting for 1 script; Ctrl-C again stops them' in poller.log())
-    queue.open_gate()
-    assert poller.wait(30) == 130
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
-    assert poller.log().count('interrupted') == 1
+def run_command(*args, **kwargs):
+    return subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True, **kwargs)
 
 
-def test_a_signal_is_heeded_while_there_is_always_something_to_start(gpus, queue):
-    for gpu in gpus.gpus:
-        gpu['delay'] = 0.05
-    gpus.save()
-    for n in range(60):
-        queue.add(f'{n:02}')
-    poller = queue.start('--exit', '1')
-    until(lambda: queue.names('complete'))
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
-    assert len(queue.names('to_run')) > 20
+def status(queue, *args, **kwargs):
+    """Return what --status --json and --status say."""
+    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', *args]
+    as_json = subprocess.run([*command, '--json'], check=True, capture_output=True, text=True, **kwargs).stdout
+    return json.loads(as_json), subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
 
 
-def test_a_signal_with_nothing_running_ends_the_poller_without_ado(queue):
-    poller = queue.start('--workers', '1', '--exit', '0')
-    queue.let_look(poller)
-    poller.send_signal(signal.SIGINT)
-    assert poller.wait(30) == 130
-    assert poller.log().splitlines()[-1].endswith(f'nothing to run in {queue.path}/to_run')
-
-
-@pytest.mark.parametrize(('signals', 'status'), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
-def test_stop_terminates_requeues_what_failed_and_files_what_ended_well(queue, signals, status):
-    queue.add('dies.sh', 'echo ready; sleep 1000')
-    queue.add('saves.sh', TRAP.format(0))
-    queue.add('fails.sh', TRAP.format(9))
-    queue.add('waits.sh')
-    poller = queue.start('--workers', '3')
-    until(lambda: all(queue.has_out(f'{name}.sh.stdout') for name in ('dies', 'saves', 'fails')))
-    for signum in signals:
-        poller.send_signal(signum)
-        until(lambda: 'interrupted' in poller.log() or 'stopping' in poller.log())
-    assert poller.wait(30) == status
-    assert 'stopping 3 scripts: TERM now, KILL in 10 s' in poller.log()
-    assert queue.all() == {'dies.sh': 'to_run', 'fails.sh': 'to_run', 'saves.sh': 'complete', 'waits.sh': 'to_run'}
-    assert queue.out('dies.sh.exitcode') == '143'
-    assert queue.out('saves.sh.stdout') == queue.out('fails.sh.stdout') == 'ready\nsaved\n'
-
-
-@pytest.mark.parametrize('first', ['script', 'poller'])
-def test_a_term_for_all_processes_at_once_puts_the_scripts_back_whoever_gets_it_first(queue, first):
-    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    group = queue.pid('a.sh')
-    if first == 'script':
-        os.killpg(group, signal.SIGTERM)
-        os.killpg(group, signal.SIGCONT)
-        until(lambda: queue.has_out('a.sh.exitcode'))
-        poller.send_signal(signal.SIGTERM)
-    else:
-        poller.send_signal(signal.SIGSTOP)
-        poller.send_signal(signal.SIGTERM)
-        os.killpg(group, signal.SIGTERM)
-        os.killpg(group, signal.SIGCONT)
-        until(lambda: queue.has_out('a.sh.exitcode'))
-        poller.send_signal(signal.SIGCONT)
-    assert poller.wait(30) == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-
-
-def test_a_term_for_all_puts_the_scripts_of_an_earlier_poller_back_too(queue):
-    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
-    first = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    group = queue.pid('a.sh')
-    first.kill()
-    first.wait()
-    second = queue.start('--workers', '1')
-    until(lambda: 'waiting for a.sh' in second.log())
-    os.killpg(group, signal.SIGTERM)
-    os.killpg(group, signal.SIGCONT)
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(30) == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-
-
-def test_stop_kills_what_ignores_term(queue, monkeypatch):
-    monkeypatch.setattr(fastgpu, 'GRACE', 0.2)
-    queue.add('a.sh', 'trap "" TERM; while :; do sleep 0.01; done')
-    pool = FixedWorkerPool([0], queue.path)
-    assert pool.run('a.sh', 0)
-    until(lambda: b'sleep' in subprocess.check_output(['ps', '-o', 'args=', '-g', str(queue.pid('a.sh'))]))
-    pool.interrupt(signal.SIGTERM)
-    assert pool.poll_scripts() == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-    assert pool.find_next() == 0
-    assert not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}')
-
-
-def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
-    queue.add('a.sh', 'trap "echo caught; sleep 0.5; exit 1" TERM; echo ready; while :; do sleep 0.01; done')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    poller.send_signal(signal.SIGTERM)
-    until(lambda: 'caught' in queue.out('a.sh.stdout'))
-    poller.kill()
-    poller.wait()
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    poller = queue.start('--workers', '1')
-    until(lambda: 'requeue a.sh (status 1' in poller.log())
-
-
-def test_a_slot_is_free_only_when_all_that_a_cancelled_script_started_is_gone(queue):
-    # So much memory takes a while to be given back, and only then is the file closed.
-    child = ('import signal; signal.signal(15, signal.SIG_IGN)\n'
-             'memory = b"x" * (400 << 20); print("ready", flush=True); signal.pause()')
-    queue.add('a.sh', f"trap 'exit 9' TERM; exec 9>{queue.q}/held; flock 9; '{sys.executable}' -c '{child}' & wait")
-    queue.add('b.sh', f'exec 9>{queue.q}/held; flock -n 9')
-    poller = queue.start('--workers', '1')
-    until(lambda: queue.has_out('a.sh.stdout'))
-    (queue.path / 'running' / 'a.sh').unlink()
-    assert poller.wait(30) == 0
-    assert queue.all() == {'b.sh': 'complete'}
-
-
-def test_grandchildren_die_with_a_script_that_is_stopped(queue):
-    queue.add('a.sh', '(trap "" TERM; sh -c "echo \\$PPID"; while :; do sleep 0.01; done) & wait')
-    poller = queue.start('--workers', '1')
-    grandchild = int(until(lambda: queue.has_out('a.sh.stdout')))
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
-    assert queue.all() == {'a.sh': 'to_run'}
-    until(lambda: not os.path.exists(f'/proc/{grandchild}'))
-
-
-def test_what_cannot_be_filed_does_not_keep_the_poller_from_being_stopped(queue):
-    queue.add('a.sh', 'exit 3')
-    (queue.path / 'fail').rmdir()
-    (queue.path / 'fail').touch()
-    poller = queue.start('--workers', '1', command=(sys.executable, '-c', (
-        'import fastgpu, sys; fastgpu.check_usable = lambda *_: None\n'
-        'fastgpu.setup_dirs = lambda p: [fastgpu.Path(p) / n for n in "to_run running complete fail out".split()]\n'
-        'sys.exit(fastgpu.main())')), cwd=MODULE.parent)
-    until(lambda: 'cannot file a.sh now: ' in poller.log())
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(fastgpu.GRACE + 5) == 143  # not only when it gives up on what it killed
-    assert queue.names('running') == ['a.sh']
-    (queue.path / 'fail').unlink()
-    assert queue.poll()[0] == 1
-    assert queue.all() == {'a.sh': 'fail'}  # it failed before it was stopped
-
-
-def test_stopping_reaches_through_a_wrapper_that_makes_a_process_group_of_its_own(queue):
-    queue.add('a.sh', f'trap "echo saved; exit 0" TERM; echo start; {queue.gate()}')
-    queue.add('b.sh', f'trap "" TERM; echo $$; {queue.gate()}')
-    poller = queue.start('--workers', '2', '--wrapper', 'timeout 600')
-    until(lambda: queue.has_out('a.sh.stdout') and queue.has_out('b.sh.stdout'))
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
-    assert set(queue.out('a.sh.stdout').split()) == {'start', 'saved'}  # more than once: timeout passes TERM on as well
-    until(lambda: not os.path.exists(f'/proc/{queue.out("b.sh.stdout").strip()}'))
-
-
-# --- Pools: as steps of Slurm, and in its allocations -----------------------------------------------------------------
-
-def has_slurm():
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(['sinfo', '-h'], capture_output=True, timeout=10).returncode == 0
-
-
-slurm = pytest.mark.skipif(not has_slurm(), reason='no Slurm answers here')
-NODES = ['srun', '--nodes=3', '--ntasks-per-node=1']
-STEP = 'srun --ntasks=1 --gpus=1'
-
-
-@slurm
-def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
-    for number in range(60):
-        queue.add(f'{number:02}.sh', f'echo {number} >> {queue.q}/ran; hostname; sleep 0.1; exit {number % 2}')
-    poller = queue.start('--workers', '2', command=(*NODES, sys.executable, str(MODULE)))
-    assert poller.wait(60) == 1
-    assert len(set((queue.path / 'ran').read_text().split())) == len((queue.path / 'ran').read_text().split()) == 60
-    assert Counter(queue.all().values()) == {'complete': 30, 'fail': 30}
-    hosts = {queue.out(name).strip() for name in queue.names('out') if name.endswith('.stdout')}
-    assert len(hosts) == 3
-    for host in hosts:
-        assert re.search(rf' {host} worker [01]: complete ', poller.log())
-        assert re.search(rf' {host}: \d+ scripts in ', poller.log())
-
-
-@slurm
-def test_slurm_runs_each_script_as_a_step_with_a_gpu_of_its_own_and_its_status_comes_back(queue):
-    for number in range(30):
-        queue.add(f'{number:02}.sh', 'date +%s%N; hostname; echo $CUDA_VISIBLE_DEVICES; sleep 0.1; date +%s%N; '
-                                     + ('kill -9 $$' if number == 7 else f'exit {number % 3}'))
-    assert queue.poll('--workers', '12', '--wrapper', STEP)[0] == 1
-    uses = {}
-    for number in range(30):
-        assert queue.out(f'{number:02}.sh.exitcode') == str(137 if number == 7 else number % 3)
-        start, host, gpu, end = queue.out(f'{number:02}.sh.stdout').split()
-        uses.setdefault((host, gpu), []).append((int(start), int(end)))
-    assert len(uses) > 4  # on more than one node
-    for spans in map(sorted, uses.values()):
-        assert all(later[0] > earlier[1] for earlier, later in zip(spans, spans[1:]))
-
-
-@slurm
-def test_slurm_steps_end_when_their_script_is_cancelled_or_the_poller_is_stopped(queue):
-    for name in 'ab':
-        queue.add(f'{name}.sh', f'echo $$; {queue.gate()}')
-    poller = queue.start('--workers', '2', '--wrapper', STEP)
-    until(lambda: queue.has_out('a.sh.stdout') and queue.has_out('b.sh.stdout'))
-    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'fail' / 'a.sh')
-    until(lambda: 'cancelled a.sh' in poller.log())
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
-    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'to_run'}
-    for name in 'ab':
-        until(lambda name=name: not os.path.exists(f'/proc/{queue.out(f"{name}.sh.stdout").strip()}'))
-
-
-@slurm
-def test_slurm_steps_outlive_their_poller_and_the_next_one_files_them(queue):
-    queue.add('a.sh', f'echo start; {queue.gate()} exit 5')
-    poller = queue.start('--workers', '2', '--wrapper', STEP)
-    until(lambda: queue.has_out('a.sh.stdout'))
-    poller.kill()
-    poller.wait()
-    queue.open_gate()
-    until(lambda: queue.has_out('a.sh.exitcode'))
-    assert queue.poll('--workers', '2', '--wrapper', STEP)[0] == 1
-    assert queue.all() == {'a.sh': 'fail'}
-    assert queue.out('a.sh.exitcode') == '5'
-
-
-@slurm
-def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back(queue):
-    for number in range(6):
-        queue.add(f'{number}.sh', f'[ -e {queue.q}/again ] || {{ echo $$; {queue.gate()} }}')
-    batch = queue.path / 'batch'
-    batch.write_text('#!/bin/sh\n#SBATCH --nodes=3 --ntasks-per-node=1 --time=10\n'
-                     f'srun "{sys.executable}" "{MODULE}" --path {queue.q} --workers 1\n')
-    job = subprocess.run(['sbatch', '--parsable', '--output', queue.path / 'batch.log', batch], check=True,
-                         capture_output=True, text=True).stdout.strip()
-    until(lambda: len([number for number in range(6) if queue.has_out(f'{number}.sh.stdout')]) == 3)
-    subprocess.run(['scancel', '--signal=TERM', job], check=True)  # what --signal=TERM@60 has Slurm do
-    until(lambda: not subprocess.run(['squeue', '-h', '-j', job, '--states', 'PD,R,CG'],
-                                     capture_output=True, text=True).stdout.strip())
-    assert Counter(queue.all().values()) == {'to_run': 6}, (queue.path / 'batch.log').read_text()
-    (queue.path / 'again').touch()
-    assert queue.poll(command=(*NODES, sys.executable, str(MODULE)))[0] == 0
-    assert Counter(queue.all().values()) == {'complete': 6}
-
-
-# --- Queues: on network file systems, with two hosts ------------------------------------------------------------------
-
-NETFS = Path(os.environ.get('FASTGPU_NETFS', MODULE.parent.parent / 'shared' / 'netfs'))
-
-
-class Net:
-    """A network file system that two hosts mount; each is a machine of its own, by the ids that it is shown."""
-
-    def __init__(self, kind):
-        self.dir = Path(f'/tmp/netfs-test-{kind}-{os.getpid()}')
-        self.queue = None
-        self.kind = kind
-
-    def up(self):
-        subprocess.run([NETFS / 'netfs_up.sh', self.kind, self.dir], check=True, capture_output=True, timeout=300)
-        for host, file in itertools.product('AB', ('/proc/sys/kernel/random/boot_id', '/etc/machine-id')):
-            (self.dir / f'id-{host}').write_text(f'of {host}\n')
-            self.on(host, 'mount', '--bind', self.dir / f'id-{host}', file)
-
-    def down(self):
-        subprocess.run([NETFS / 'netfs_down.sh', self.dir], capture_output=True, timeout=60)
-        shutil.rmtree(self.dir, ignore_errors=True)
-
-    def on(self, host, *words, **kwargs):
-        return subprocess.run([self.dir / 'on', host, *words], check=True, capture_output=True, text=True, timeout=120,
-                              **kwargs).stdout
-
-    def command(self, host):
-        return self.dir / 'on', host, sys.executable, MODULE
-
-    def server(self, word):
-        subprocess.run([self.dir / 'server', word], check=True, capture_output=True, timeout=60)
-
-    def new_queue(self):
-        """Return the folder of a new queue, as both hosts see it."""
-        path = self.dir / 'mnt' / f'q{time.monotonic_ns()}'
-        self.on('A', 'mkdir', path)
-        self.on('A', sys.executable, '-c', f'import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import fastgpu; '
-                                           f'fastgpu.setup_dirs({str(path)!r})')
-        until(lambda: 'to_run' in self.on('B', 'ls', path))
-        return path
-
-    def fill(self, path, number, body):
-        write = f'printf "%s\\n" "#!/bin/sh" {shlex.quote(body)} >$n; touch -d @1 $n; chmod +x $n'
-        self.on('A', 'sh', '-c', f'cd {path}/to_run; for n in $(seq 1000 {999 + number}); do {write}; done')
-
-    def start(self, host, path, *args, **kwargs):
-        log = self.dir / f'{time.monotonic_ns()}.log'
-        with open(log, 'w') as err:
-            poller = subprocess.Popen([*self.command(host), '--path', path, *(args or ('--workers', '2'))], stderr=err,
-                                      stdin=subprocess.DEVNULL, **kwargs)
-        poller.log = log.read_text
-        return poller
-
-    def names(self, path, folder, host='A'):
-        return self.on(host, 'ls', path / folder).split()
-
-
-@pytest.fixture(scope='module', params=['gluster', 'sshfs'])
-def net(request):
-    if os.getuid() or not os.path.exists('/dev/fuse') or not (NETFS / 'netfs_up.sh').exists():
-        pytest.skip('needs root, FUSE and netfs_up.sh')
-    net = Net(request.param)
-    try:
-        net.up()
-    except subprocess.SubprocessError as error:
-        net.down()
-        pytest.skip(f'there is no {request.param} here: {error}')
-    yield net
-    net.down()
-
-
-@pytest.mark.net
-def test_net_two_hosts_run_each_script_once(net):
-    path = net.new_queue()
-    ran = net.dir / 'ran'
-    ran.touch()
-    net.fill(path, 200, f'echo $0 >> {ran}')
-    pollers = [net.start(host, path) for host in 'AB']
-    assert [poller.wait(120) for poller in pollers] == [0, 0]
-    assert len(net.names(path, 'complete')) == 200
-    assert len(ran.read_text().split()) == 200
-    assert not re.search('cannot|waits for its chmod', ''.join(poller.log() for poller in pollers))
-
-
-@pytest.mark.net
-def test_net_pollers_of_two_hosts_under_kill_9_lose_nothing(net):
-    path, rng = net.new_queue(), random.Random(os.environ.get('SEED'))
-    ran = net.dir / f'ran-{time.monotonic_ns()}'
-    ran.touch()
-    net.fill(path, 150, f'sleep 0.{rng.randrange(3)}; echo $0 >> {ran}')
-    live, deadline = [], time.monotonic() + 30
-    while time.monotonic() < deadline:
-        live = [poller for poller in live if poller.poll() is None]
-        while len(live) < 6:
-            live.append(net.start(rng.choice('AB'), path, '--workers', '2', '--exit', '0'))
-        time.sleep(rng.random())
-        live.pop(rng.randrange(len(live))).kill()
-    for poller in live:
-        poller.kill()
-        poller.wait()
-    for host in 'AB':
-        assert net.start(host, path).wait(120) == 0
-    time.sleep(1)  # names are cached so long
-    assert len(net.names(path, 'complete')) == 150
-    assert len(ran.read_text().split()) == 150
-
-
-@pytest.mark.net
-def test_net_a_server_that_is_away_for_a_while_costs_no_script(net):
-    path = net.new_queue()
-    ran = net.dir / f'ran-{time.monotonic_ns()}'
-    ran.touch()
-    net.fill(path, 30, f'sleep 1; echo $$ >> {ran}')
-    pollers = [net.start(host, path) for host in 'AB']
-    until(lambda: len(ran.read_text().split()) > 3)
-    net.server('stop')
-    time.sleep(10)
-    net.server('start')
-    for poller in pollers:
-        assert poller.wait(120) in (0, 1), poller.log()  # 1: it saw for seconds a name that the other one had moved
-        assert 'was moved' not in poller.log().splitlines()[-1]
-    for host in 'AB':
-        assert net.start(host, path).wait(120) == 0
-    assert len(net.names(path, 'complete')) == 30
-    assert len(ran.read_text().split()) == 30
-
-
-@pytest.mark.net
-def test_net_two_hosts_that_add_at_once_lose_no_command(net):
-    for _ in range(10):
-        path = net.new_queue()
-        adding = [subprocess.Popen([*net.command(host), '--path', path, '--add'], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, text=True, cwd='/') for host in 'AB']
-        for host, process in zip('AB', adding):
-            process.stdin.write(''.join(f'echo {host}{n}\n' for n in range(200)))
-        names = [process.communicate(timeout=120)[0].split() for process in adding]
-        assert [process.returncode for process in adding] == [0, 0]
-        assert len({*names[0], *names[1]}) == 400
-        text = net.on('A', 'sh', '-c', f'cat {path}/to_run/*')
-        assert len(set(re.findall('^echo (.*)', text, re.M))) == 400
-
-
-@pytest.mark.net
-def test_net_hosts_of_one_name_leave_each_others_runs_alone(net):
-    net.on('B', 'hostname', 'nodeA')
-    try:
-        path = net.new_queue()
-        ran = net.dir / f'ran-{time.monotonic_ns()}'
-        ran.touch()
-        net.fill(path, 8, f'sleep 3; echo $0 >> {ran}')
-        pollers = [net.start(host, path) for host in 'AB']
-        assert [poller.wait(120) for poller in pollers] == [0, 0]
-        assert len(ran.read_text().split()) == 8
-        assert len(net.names(path, 'complete')) == 8
-    finally:
-        net.on('B', 'hostname', 'nodeB')
-
-
-@pytest.mark.net
-def test_net_a_new_name_on_the_same_kernel_files_what_ended(net):
-    path = net.new_queue()
-    net.fill(path, 1, 'sleep 2; exit 3')
-    first = net.start('A', path)
-    until(lambda: '"pid"' in net.on('A', 'sh', '-c', f'cat {path}/out/1000.json || true'))
-    first.kill()
-    first.wait()
-    net.on('A', 'hostname', 'another')
-    try:
-        until(lambda: '1000.exitcode' in net.names(path, 'out'))
-        assert net.start('A', path).wait(60) == 1
-        assert net.names(path, 'fail') == ['1000']
-    finally:
-        net.on('A', 'hostname', 'nodeA')
-
-
-# --- GPUs: the real nvidia-ml-py on a fake driver library -------------------------------------------------------------
+# --- Help: GPUs, which are those of the real nvidia-ml-py on a fake driver library, or of a fake nvidia-smi -----------
 
 FAKE_DRIVER = '''
 import ctypes, json, os, time, pynvml
@@ -3106,90 +479,37 @@ def gpus(tmp_path, monkeypatch):
     return gpus
 
 
-SEES = 'echo $FASTGPU_ID $CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER'
+@pytest.fixture
+def pool(gpus, queue):
+    gpus.have(1)
+    return ResourcePoolGPU(queue.path)
 
 
-def test_all_gpus_are_used_and_a_script_sees_its_own(gpus, queue):
-    for name in 'ab':
-        queue.add(name, SEES + '; ' + queue.gate())
-    poller = queue.start('--exit', '1')
-    until(lambda: queue.has_out('a.stdout') and queue.has_out('b.stdout'))
-    queue.open_gate()
-    assert poller.wait(30) == 0
-    assert sorted(queue.out(f'{name}.stdout') for name in 'ab') == ['0 0 PCI_BUS_ID\n', '1 1 PCI_BUS_ID\n']
-    assert re.search(r' gpu 0: start a\n', poller.log())
-    assert sorted(os.listdir(gpus.locks)) == [f'fastgpu-{gpu["uuid"]}.lock' for gpu in gpus.gpus]
+@pytest.fixture
+def queues(tmp_path, gpus):
+    gpus.have(1)
+    queues = [Queue(tmp_path / f'q{n}') for n in range(4)]
+    yield queues
+    for poller in itertools.chain(*(queue.pollers for queue in queues)):
+        poller.kill()
+        poller.wait()
 
 
-def test_cuda_visible_devices_limits_the_gpus_and_keeps_their_numbers(gpus, queue, monkeypatch):
-    gpus.have(4)
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,2')
-    for name in 'abc':
-        queue.add(name, SEES + '; ' + queue.gate())
-    poller = queue.start('--exit', '1')
-    until(lambda: queue.has_out('a.stdout') and queue.has_out('b.stdout'))
-    queue.open_gate()
-    assert poller.wait(30) == 0
-    assert [queue.out(f'{name}.stdout') for name in 'ab'] == ['3 3 PCI_BUS_ID\n', '2 2 PCI_BUS_ID\n']
+def in_turn(queues):
+    """Return the queues of the scripts that ended, as numbers, in the order in which these started."""
+    return [number for _, number in sorted((queue.record(name)['started'], number) for number, queue in
+                                           enumerate(queues) for name in queue.names('complete'))]
 
 
-def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
-    gpus.save(init=9)
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr == ('fastgpu_poll: no NVIDIA driver found (Driver Not Loaded); '
-                          'use --workers N to run without GPUs\n')
-    assert not (tmp_path / 'to_run').exists()
+@pytest.fixture
+def mps(tmp_path):
+    """The pid of a process with the name of the server of MPS."""
+    shutil.copy(shutil.which('sleep'), tmp_path / 'nvidia-cuda-mps-server')
+    process = subprocess.Popen([tmp_path / 'nvidia-cuda-mps-server', '100'])
+    yield process.pid
+    process.kill()
+    process.wait()
 
-
-def test_no_gpus_is_one_line(gpus, tmp_path):
-    gpus.set()
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr == 'fastgpu_poll: the NVIDIA driver shows no GPU; use --workers N to run without GPUs\n'
-
-
-# --- GPUs: which of them, CUDA_VISIBLE_DEVICES ------------------------------------------------------------------------
-
-A, B, C = 'GPU-aaaa1111-0', 'GPU-aaaa2222-0', 'GPU-cccc3333-0'
-
-
-@pytest.mark.parametrize(('listed', 'ids'), [
-    (None, [0, 1, 2]), ('2,0', [2, 0]), (' 1 , 2 ', [1, 2]), ('1,-1,2', [1]), ('1,,2', [1]), ('2,9,0', [2]),
-    ('0,x', [0]), ('2,1,', [2, 1]),
-    (A, [A]), ('GPU-aaaa1', [A]), ('GPU-c,GPU-aaaa2', [C, B]), (f'1,{C}', [B, C]), (f'{B},GPU-d,{A}', [B]),
-])
-def test_cuda_visible_devices_has_cudas_grammar(gpus, queue, monkeypatch, capsys, listed, ids):
-    gpus.set({'uuid': A}, {'uuid': B}, {'uuid': C})
-    if listed is not None:
-        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
-    pool = ResourcePoolGPU(queue.path)
-    assert pool.all_ids() == ids
-    assert pool.environment(ids[0])['CUDA_VISIBLE_DEVICES'] == str(ids[0])
-    ends_early = re.search('9|x|GPU-d|-1|,,', listed or '')
-    assert ('left out, as CUDA does' in capsys.readouterr().err) == bool(ends_early)
-
-
-@pytest.mark.parametrize(('listed', 'words'), [
-    ('', 'CUDA_VISIBLE_DEVICES= hides all GPUs; unset it, or use --workers N'),
-    ('-1', 'CUDA_VISIBLE_DEVICES=-1 hides all GPUs (there is no GPU "-1"); unset it'),
-    ('NoDevFiles', 'hides all GPUs (there is no GPU "NoDevFiles")'),
-    ('7,0', 'hides all GPUs (there is no GPU "7")'),
-    ('GPU-aaaa', f'CUDA_VISIBLE_DEVICES=GPU-aaaa: GPU-aaaa could be {A} or {B}'),
-    ('0,1,0', 'CUDA_VISIBLE_DEVICES=0,1,0 names 0 twice'),
-    (f'0,{A}', f'names {A} twice'),
-    ('\x1b[31m', r'CUDA_VISIBLE_DEVICES=\x1b[31m hides all'),
-])
-def test_a_list_that_shows_no_gpu_or_is_unclear_is_refused_in_one_line(gpus, tmp_path, monkeypatch, listed, words):
-    gpus.set({'uuid': A}, {'uuid': B}, {'uuid': C})
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert words in run.stderr
-    assert run.stderr.count('\n') == 1
-
-
-# --- GPUs: MIG, and such as do not work -------------------------------------------------------------------------------
 
 def mig_box(gpus):
     """A plain GPU, one in MIG mode with three instances and a gap, and one in MIG mode with none."""
@@ -3197,54 +517,1007 @@ def mig_box(gpus):
     gpus.set({'uuid': A}, {'uuid': B, 'mig': instances}, {'uuid': C, 'mig': []})
 
 
-def test_instances_of_a_gpu_in_mig_mode_are_the_resources(gpus, queue, capsys):
-    mig_box(gpus)
-    pool = ResourcePoolGPU(queue.path)
-    assert pool.all_ids() == [A, 'MIG-1', 'MIG-2', 'MIG-3']
-    assert 'gpu 2 unusable: is in MIG mode and has no instances' in capsys.readouterr().err
-    assert [pool.lock_next() for _ in range(5)] == [A, 'MIG-1', 'MIG-2', 'MIG-3', None]
-    assert pool.environment('MIG-2')['CUDA_VISIBLE_DEVICES'] == 'MIG-2'
-    assert set(os.listdir(gpus.locks)) == {f'fastgpu-{uuid}.lock' for uuid in pool.all_ids()}
+SEES = 'echo $FASTGPU_ID $CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER'
+A, B, C = 'GPU-aaaa1111-0', 'GPU-aaaa2222-0', 'GPU-cccc3333-0'
+NOT_SUPPORTED = 3
+FAKE_SMI = r"""#!/bin/sh
+# Answers `-q -x [-i UUID]` from the files attached and gpu.UUID, in the form of the real one.
+cd {path}
+[ -e broken ] && {{ cat broken; exit 9; }}
+[ "$3" = -i ] && [ ! -e "gpu.$4" ] && {{ echo "No devices were found"; exit 6; }}
+[ -e noise ] && cat noise
+echo '<?xml version="1.0" ?>'
+echo '<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">'
+echo "<nvidia_smi_log><driver_version>580.65</driver_version><attached_gpus>$(cat attached)</attached_gpus>"
+if [ "$3" = -i ]; then cat "gpu.$4"; else cat gpu.*; fi
+echo '</nvidia_smi_log>'
+"""
+SMI_GPU = """<gpu id="00000000:01:00.0"><product_name>NVIDIA H100</product_name>
+<mig_mode><current_mig>{mig}</current_mig><pending_mig>{mig}</pending_mig></mig_mode><uuid>{uuid}</uuid>
+<gpu_recovery_action>{action}</gpu_recovery_action><compute_mode>{mode}</compute_mode>
+<fb_memory_usage><total>{total}</total><reserved>551 MiB</reserved><used>{used}</used></fb_memory_usage>
+<processes>{processes}</processes></gpu>
+"""
+SMI_PROCESS = ('<process_info><gpu_instance_id>N/A</gpu_instance_id><pid>{}</pid><type>{}</type>'
+               '<process_name>python</process_name><used_memory>{}</used_memory></process_info>')
 
 
-def test_an_instance_is_busy_by_itself(gpus, queue):
-    mig_box(gpus)
-    gpus.gpus[1]['mig'][0]['pids'] = [4121]
-    gpus.gpus[1]['mig'][2]['used'] = 2000
-    gpus.save()
-    pool = ResourcePoolGPU(queue.path)
-    assert [ident for ident in pool.all_ids() if pool.is_available(ident)] == [A, 'MIG-3']
+class Smi:
+    """A box with nvidia-smi for two GPUs, and without nvidia-ml-py."""
+
+    def __init__(self, path):
+        self.path = path
+        self.attached(2)
+        for uuid in A, B:
+            self.gpu(uuid)
+
+    def gpu(self, uuid, *processes, mig='N/A', action='None', mode='Default', total='81559 MiB', used='3 MiB'):
+        """Make this the state of a GPU; a process is (pid, type, memory)."""
+        text = SMI_GPU.format(uuid=uuid, mig=mig, action=action, mode=mode, total=total, used=used,
+                              processes=''.join(SMI_PROCESS.format(*process) for process in processes))
+        (self.path / 'new').write_text(text)
+        os.rename(self.path / 'new', self.path / f'gpu.{uuid}')
+
+    def lose(self, uuid):
+        (self.path / f'gpu.{uuid}').unlink()
+
+    def attached(self, number):
+        (self.path / 'attached').write_text(str(number))
 
 
-@pytest.mark.parametrize(('listed', 'ids'), [
-    ('1', ['MIG-1', 'MIG-2', 'MIG-3']), (B, ['MIG-1', 'MIG-2', 'MIG-3']), ('MIG-2', ['MIG-2']),
-    ('MIG-3,0', ['MIG-3', A]),
-])
-def test_cuda_visible_devices_names_instances(gpus, queue, monkeypatch, listed, ids):
-    mig_box(gpus)
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
-    assert ResourcePoolGPU(queue.path).all_ids() == ids
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    path = tmp_path / 'smi'
+    (path / 'bin').mkdir(parents=True)
+    (path / 'bin' / 'nvidia-smi').write_text(FAKE_SMI.format(path=shlex.quote(str(path))))
+    (path / 'bin' / 'nvidia-smi').chmod(0o755)
+    (path / 'site').mkdir()
+    (path / 'site' / 'pynvml.py').write_text('raise ImportError')
+    monkeypatch.setenv('PATH', f'{path}/bin:{os.environ["PATH"]}')
+    monkeypatch.setenv('PYTHONPATH', str(path / 'site'))
+    monkeypatch.setenv('FASTGPU_LOCK_DIR', str(tmp_path))
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    return Smi(path)
 
 
-def test_an_instance_of_an_old_driver_has_a_lock_file_too(gpus, queue):
-    gpus.set({'uuid': B, 'mig': [{'uuid': f'MIG-{B}/1/0'}]})
-    assert ResourcePoolGPU(queue.path).lock_next() == f'MIG-{B}/1/0'
-    assert f'fastgpu-MIG-{B}_1_0.lock' in os.listdir(gpus.locks)
+# --- Messages ---------------------------------------------------------------------------------------------------------
+
+def test_what_is_shown_cannot_garble_a_terminal():
+    assert fastgpu.shown('naïve 名 x.sh') == 'naïve 名 x.sh'
+    assert fastgpu.shown('a\nb\x1b[31m\x7f') == r'a\nb\x1b[31m\x7f'
+    assert fastgpu.shown(os.fsdecode(b'\xff\xfe')) == r'\udcff\udcfe'
+    assert fastgpu.shown('\u202egnp.sh') == r'\u202egnp.sh'
 
 
-def test_a_gpu_that_fails_is_left_out_and_the_others_go_by_uuid(gpus, queue, capsys):
-    gpus.set({'uuid': A}, {'uuid': B, 'handle': 15}, {'uuid': C, 'migmode': 4})
-    pool = ResourcePoolGPU(queue.path)
-    assert pool.all_ids() == [A]
-    err = capsys.readouterr().err
-    assert 'gpu 1 unusable: GPU is lost\n' in err
-    assert 'gpu 2 unusable: Insufficient Permissions\n' in err
-    gpus.set({'uuid': A, 'handle': 15})
-    with pytest.raises(FastgpuError, match='no GPU is usable: gpu 0: GPU is lost'):
-        ResourcePoolGPU(queue.path)
+@pytest.mark.parametrize(('seconds', 'text'), [(0.04, '0.0 s'), (-1, '0.0 s'), (59.9, '59.9 s'), (61, '0:01:01'),
+                                               (86400 * 7 + 1, '168:00:01')])
+def test_duration(seconds, text):
+    assert fastgpu.duration(seconds) == text
 
 
-# --- GPUs, rule 3: one owner across pollers, queues and users ---------------------------------------------------------
+@pytest.mark.parametrize(('code', 'text'), [(None, 'cut off'), (3, 'status 3'), (137, 'status 137, SIGKILL'),
+                                            (255, 'status 255')])
+def test_describe(code, text):
+    assert fastgpu.describe(code) == text
+
+
+# --- Folders: what is a script, and when it is taken ------------------------------------------------------------------
+
+def test_setup_dirs_makes_the_five_folders_for_us_alone_to_write(tmp_path):
+    old = os.umask(0)
+    try:
+        folders = fastgpu.setup_dirs(tmp_path / 'q')
+    finally:
+        os.umask(old)
+    assert [folder.name for folder in folders] == ['to_run', 'running', 'complete', 'fail', 'out']
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o755}
+    assert fastgpu.setup_dirs(str(tmp_path / 'q')) == folders
+
+
+def test_find_next_script_is_the_first_executable_file_or_link(queue):
+    to_run = queue.path / 'to_run'
+    assert find_next_script(to_run) is None
+    (to_run / 'a-folder').mkdir()
+    os.mkfifo(to_run / 'b-fifo', 0o755)
+    (to_run / 'c-dangling').symlink_to('nowhere')
+    queue.add('.hidden')
+    queue.add('d-no-x.sh', mode=0o644)
+    assert find_next_script(to_run) is None
+    last = queue.add('z.sh')
+    assert find_next_script(to_run) == last
+    (to_run / 'e-link').symlink_to(last)
+    assert find_next_script(to_run) == to_run / 'e-link'
+    assert find_next_script(str(to_run)) == to_run / 'e-link'
+
+
+@pytest.mark.parametrize('name', ['#a.sh#', '.#a.sh', 'a.sh~', 'a.sh.bak', 'a.sh.orig', '.a.sh.swp', 'a.sh.swp'])
+def test_what_editors_leave_is_no_script(queue, name):
+    queue.add('a.sh', 'echo new')
+    queue.add(name, 'echo half typed')
+    status, log = queue.poll()
+    assert (status, name in log) == (0, False)
+    assert queue.all() == {'a.sh': 'complete', name: 'to_run'}
+
+
+@pytest.mark.skipif(not shutil.which('emacs'), reason='there is no emacs here')
+def test_what_emacs_leaves_while_one_edits_is_no_script(queue):
+    script = queue.add('a.sh', 'echo old')
+    edit = (f'(progn (find-file "{script}") (goto-char (point-max)) (insert "echo typed") (do-auto-save) '
+            '(princ (directory-files ".")) (kill-emacs))')
+    subprocess.run(['emacs', '-Q', '--batch', '--eval', edit], check=True, cwd=queue.path / 'to_run')
+    (queue.path / 'to_run' / '#a.sh#').chmod(0o755)
+    os.utime(queue.path / 'to_run' / '#a.sh#', (1, 1))
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete', '#a.sh#': 'to_run'}
+
+
+def test_what_is_no_script_is_ignored(queue):
+    to_run = queue.path / 'to_run'
+    (to_run / 'folder').mkdir()
+    os.mkfifo(to_run / 'fifo', 0o755)
+    queue.add('.hidden')
+    status, log = queue.poll()
+    assert status == 0
+    assert f'nothing to run in {queue.path}/to_run' in log
+    assert sorted(os.listdir(to_run)) == ['.hidden', 'fifo', 'folder']
+
+
+def test_a_script_just_written_is_not_taken_yet(queue):
+    script = queue.add('a.sh')
+    os.utime(script)
+    if time.time() - script.stat().st_mtime < 0.05:
+        assert find_next_script(queue.path / 'to_run') is None
+    until(lambda: find_next_script(queue.path / 'to_run') == script)
+    os.utime(script, (time.time() + 1000,) * 2)
+    assert find_next_script(queue.path / 'to_run') == script
+
+
+def test_where_stamps_are_whole_seconds_just_written_is_a_second(queue):
+    script = queue.add('a.sh')
+    now = int(time.time())
+    os.utime(script, (now, now))
+    if time.time() < now + 0.9:
+        assert find_next_script(queue.path / 'to_run') is None
+    until(lambda: find_next_script(queue.path / 'to_run'))
+    assert time.time() > now + 1
+
+
+@pytest.mark.parametrize('ahead', [0.02, 2, -2])
+def test_just_written_is_by_the_clock_of_the_file_system_not_by_ours(queue, tmp_path, ahead):
+    (tmp_path / 'sitecustomize.py').write_text('import time\nright = time.time\n'
+                                               f'time.time = lambda: right() + {ahead}\n')
+    poller = queue.start('--workers', '2', '--exit', '0', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    files = [open(queue.path / 'to_run' / f'{number}.sh', 'w', buffering=1) for number in range(8)]  # noqa: SIM115
+    for file in files:
+        os.fchmod(file.fileno(), 0o755)
+        file.write('#!/bin/sh\n')
+    written = [time.monotonic()] * len(files)
+    gaps = [0.0] * len(files)
+    for _, (number, file) in itertools.product(range(25), list(enumerate(files))):  # as copies over a slow line
+        time.sleep(0.005)
+        file.write('echo one more line\n')
+        gaps[number] = max(gaps[number], time.monotonic() - written[number])
+        written[number] = time.monotonic()
+    for number, file in enumerate(files):
+        file.close()
+        gaps[number] = max(gaps[number], time.monotonic() - written[number])
+    until(lambda: len(queue.names('complete') + queue.names('fail')) == len(files))
+    for number, gap in enumerate(gaps):
+        if gap < fastgpu.JUST_WRITTEN * 0.9:  # the line was not so slow, for this one
+            assert queue.out(f'{number}.sh.stdout') == 'one more line\n' * 25
+    poller.kill()
+
+
+def test_chmod_submits(queue):
+    script = queue.add('a.sh', mode=0o644)
+    poller = queue.start('--exit', '0', '--workers', '1')
+    until(lambda: 'a.sh waits' in poller.log())
+    script.chmod(0o755)
+    until(lambda: queue.names('complete') == ['a.sh'])
+    assert poller.poll() is None
+
+
+def test_a_script_added_as_to_run_is_listed_is_not_overlooked_at_the_end(queue):
+    # The time stamp of a folder is coarse: here it stays what it was when the poller listed the folder last.
+    b = queue.add('b.sh')
+    b.rename(queue.path / 'b.sh')
+    queue.add('a.sh', f'cd {queue.q}; sleep 0.5; touch -r to_run stamp; mv b.sh to_run; touch -r stamp to_run')
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+@pytest.mark.parametrize('name', [b'with space', b'new\nline', b'quo"te\'s', b'-rf', b'$HOME;`id`', b'\xff\xfe.sh',
+                                  b'\x1b[31mred', 'ä→名'.encode(), b'*', b'a\\b', b'%s%d'])
+def test_any_name_runs_and_is_logged_escaped(queue, name):
+    name = os.fsdecode(name)
+    queue.add(name, 'printf %s "$0"; exit 4')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {name: 'fail'}
+    assert queue.out(f'{name}.exitcode') == '4'
+    assert os.fsencode(queue.path / 'running' / name) == (queue.path / 'out' / f'{name}.stdout').read_bytes()
+    assert fastgpu.shown(name) in log
+    assert '\x1b' not in log
+    assert queue.record(name)['script'] == name
+
+
+@pytest.mark.parametrize('lacks', [(), ('renameat2',), ('renameat2', 'links')])
+def test_safe_rename_never_overwrites(tmp_path, monkeypatch, lacks):
+    if 'renameat2' in lacks:  # NFS, and all others but local ones
+        monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
+    if 'links' in lacks:  # sshfs
+        monkeypatch.setattr(os, 'link', fails(errno.EPERM))
+    dest = tmp_path / 'dest'
+    dest.mkdir()
+    for text, name in ('one', 'a.sh'), ('two', 'a-1.sh'), ('three', 'a-2.sh'):
+        file = tmp_path / 'a.sh'
+        file.write_text(text)
+        assert safe_rename(file, dest) == dest / name
+    assert [(dest / name).read_text() for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['one', 'two', 'three']
+    (dest / 'link').symlink_to('nowhere')
+    (tmp_path / 'link').touch()
+    assert safe_rename(str(tmp_path / 'link'), str(dest)) == dest / 'link-1'
+    with pytest.raises(FileNotFoundError):
+        safe_rename(tmp_path / 'a.sh', dest)
+    assert os.listdir(tmp_path) == ['dest']
+
+
+def test_a_crash_in_the_middle_of_a_rename_by_two_names_is_completed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
+    (tmp_path / 'dest').mkdir()
+    file = tmp_path / 'a.sh'
+    file.touch()
+    with monkeypatch.context() as crash:
+        crash.setattr(os, 'unlink', fails(errno.EIO))
+        with pytest.raises(OSError, match='Input/output'):
+            safe_rename(file, tmp_path / 'dest')
+    assert safe_rename(file, tmp_path / 'dest') == tmp_path / 'dest' / 'a.sh'
+    assert os.listdir(tmp_path / 'dest') == ['a.sh']
+    assert not file.exists()
+
+
+# --- Locks ------------------------------------------------------------------------------------------------------------
+
+def test_a_lock_is_held_by_one_and_dropped_with_its_descriptor(tmp_path):
+    path = tmp_path / 'l.lock'
+    fd = take_lock(path)
+    assert fd is not None
+    assert take_lock(path) is None
+    os.close(fd)
+    again = take_lock(path)
+    assert again is not None
+    os.close(again)
+
+
+def test_the_places_in_a_lock_file_are_held_by_one_each_and_all_of_them_by_one(tmp_path):
+    path = tmp_path / 'l.lock'
+    assert why_locked(path) == ''
+    assert not path.exists()
+    one, two = take_lock(path, 0, 1), take_lock(path, 1, 1)
+    assert take_lock(path, 1, 1) is None
+    assert take_lock(path) is None
+    assert why_locked(path, 2, 1) == ''
+    Place(path, 1, 1).write_note(two, 'runs b.sh')
+    os.close(one)
+    assert why_locked(path) == why_locked(path, 1, 1) == 'busy: runs b.sh'
+    os.close(two)
+    everything = take_lock(path)
+    assert take_lock(path, 7, 1) is None
+    asking = fastgpu.open_lock(path)
+    assert Place(path, 7, 1).asking.lock(asking)
+    assert why_locked(path, 7, 1) == 'busy: ' + NOT_OURS.format(path)
+    os.close(everything)
+    assert why_locked(path) == ''  # nobody has it because somebody asks
+    os.close(asking)
+
+
+def test_a_lock_is_inherited_and_given_back_by_whoever_holds_it(tmp_path):
+    path = tmp_path / 'l.lock'
+    fd = take_lock(path)
+    child = subprocess.Popen(['sleep', '1000'], pass_fds=[fd])
+    other = fastgpu.open_lock(path)
+    os.close(fd)
+    assert not Place(path).lock(other)
+    child.kill()
+    child.wait()
+    assert Place(path).lock(other)
+    child = subprocess.Popen(['sleep', '1000'], pass_fds=[other])
+    Place(path).unlock(other)
+    assert take_lock(path) is not None
+    child.kill()
+    child.wait()
+
+
+def test_a_lock_file_can_be_opened_by_all_users_whatever_the_umask_and_is_not_cleaned_away(tmp_path):
+    old = os.umask(0o077)
+    try:
+        os.close(take_lock(tmp_path / 'l.lock'))
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / 'l.lock').stat().st_mode) == 0o1666
+
+
+def test_a_deleted_lock_file_is_no_lock(tmp_path):
+    path = tmp_path / 'l.lock'
+    fd = fastgpu.open_lock(path)
+    path.unlink()
+    path.touch()
+    assert not Place(path).lock(fd)
+    path.unlink()
+    assert not Place(path).lock(fd)
+    os.close(fd)
+
+
+@pytest.mark.parametrize('number', [errno.EAGAIN, errno.EACCES])
+def test_either_answer_of_the_kernel_that_a_lock_is_held_means_that(tmp_path, monkeypatch, number):
+    def held(fd, command, argument):  # fcntl(2): "fails with EACCES or EAGAIN"
+        raise OSError(number, os.strerror(number))
+
+    with open(fastgpu.open_lock(tmp_path / 'l.lock'), 'r+b') as file:
+        monkeypatch.setattr(fcntl, 'fcntl', held)
+        assert not Place(tmp_path / 'l.lock').lock(file.fileno())
+
+
+def test_who_only_looks_takes_no_turn_from_who_starts(tmp_path):
+    pool = FixedWorkerPool([0], tmp_path / 'q')
+    assert pool.lock(0)
+    pool.unlock(0)
+    look = 'import fastgpu, sys\nwhile True: fastgpu.Place(sys.argv[1]).why_locked()'
+    onlookers = [subprocess.Popen([sys.executable, '-c', look, pool.place(0).path], cwd=MODULE.parent) for _ in '12']
+    until(lambda: all(used_by(each.pid)[0] > 0.2 for each in onlookers))  # they have come past their imports
+    for _ in range(500):
+        assert pool.lock_next() == 0
+        pool.unlock(0)
+    for each in onlookers:
+        each.kill()
+        each.wait()
+
+
+def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
+    mine, other = tmp_path / 'mine', tmp_path / 'other'
+    for file in mine, other:
+        file.write_text('precious')
+    (tmp_path / 'link').symlink_to(mine)
+    os.link(other, tmp_path / 'hard')
+    os.mkfifo(tmp_path / 'fifo')
+    (tmp_path / 'folder').mkdir()
+    for name in 'link', 'hard', 'fifo', 'folder':
+        with pytest.raises(OSError, match=name):
+            fastgpu.open_lock(tmp_path / name)
+    assert mine.read_text() == other.read_text() == 'precious'
+
+
+def test_what_a_lock_file_says_of_an_earlier_holder_is_gone_when_it_is_locked(tmp_path):
+    pool = FixedWorkerPool([0], tmp_path / 'q')
+    Path(pool.place(0).path).write_text('runs old.sh of ann')
+    assert pool.lock(0)
+    assert why_locked(pool.place(0).path).startswith('busy: a lock of ')
+
+
+def test_what_a_file_server_says_when_a_lock_is_given_back_costs_no_resource(queue, monkeypatch):
+    pool = FixedWorkerPool([0], queue.path)
+    assert pool.lock_next() == 0
+    real = os.close
+    with monkeypatch.context() as server:
+        server.setattr(fcntl, 'fcntl', fails(errno.EIO))
+        server.setattr(os, 'close', lambda fd: (real(fd), fails(errno.EIO)())[0])  # it is closed all the same, close(2)
+        pool.unlock(0)
+    assert FixedWorkerPool([0], queue.path).lock_next() == 0
+
+
+def test_who_waits_longest_is_first_and_is_so_no_longer_when_he_is_killed(tmp_path):
+    path = str(tmp_path / 'lock')
+    lines = [fastgpu.Line(path, fastgpu.WAITING) for _ in range(3)]
+    looker = fastgpu.open_lock(path)
+    assert not lines[0].before_us(looker) > 0
+    lines[1].join(1)
+    lines[0].join(1000000)
+    assert [line.before_us(looker) for line in lines] == [1, 0, 2]
+    lines[1].leave()
+    assert [line.before_us(looker) > 0 for line in lines] == [False, True, True]
+    lines[1].join(2000000)  # anew, behind all
+    assert [line.before_us(looker) > 0 for line in lines] == [False, True, True]
+    os.close(lines[0].fd)
+    lines[0].fd, lines[0].since = -1, 0
+    assert [line.before_us(looker) > 0 for line in lines] == [True, False, True]
+
+
+# --- Runs: what a script gets and what it leaves ----------------------------------------------------------------------
+
+def test_a_record_that_a_crash_spoilt_is_none(tmp_path):
+    file = tmp_path / 'r.json'
+    record = fastgpu.Record(str(file))
+    good = {'script': 'x', 'host': 'h', 'ids': [0], 'started': 1.0}
+    spoilt = [{**good, **change} for change in (
+        {'script': 1}, {'script': ''}, {'script': '..'}, {'script': '/etc/x'}, {'script': '\ud800'}, {'script': '.x'},
+        {'started': None}, {'started': float('nan')}, {'started': 10**400}, {'ids': None}, {'ids': 5}, {'host': None})]
+    for text in ['', '{', '[]', '7', 'null', '[' * 100000, '\x00' * 100, *map(json.dumps, spoilt)]:
+        file.write_text(text)
+        record.open()
+        assert record == {}, text
+    file.write_text(json.dumps(good))
+    record.open()
+    assert record == good
+    record['ids'] = []  # shorter than before
+    record.save()
+    assert json.loads(file.read_text()) == {**good, 'ids': []}
+    record.close()
+
+
+def test_a_run_leaves_its_output_its_status_and_its_record(queue):
+    queue.add('a.sh', 'echo out; echo err >&2; cat; exit 3')
+    before = time.time()
+    status, log = queue.poll('--workers', '1')
+    assert status == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.names('out') == ['a.sh.exitcode', 'a.sh.json', 'a.sh.stderr', 'a.sh.stdout']
+    assert queue.out('a.sh.stdout') == 'out\n'
+    assert queue.out('a.sh.stderr') == 'err\n'
+    assert queue.out('a.sh.exitcode') == '3'
+    record = queue.record('a.sh')
+    assert list(record) == ['script', 'host', 'boot', 'machine', 'pids', 'kind', 'ids', 'started', 'pid', 'finished',
+                            'exitcode']
+    assert {key: record[key] for key in ('host', 'boot', 'machine', 'pids')} == fastgpu.this_host()
+    assert [record[key] for key in ('script', 'host', 'ids', 'exitcode')] == ['a.sh', os.uname().nodename, [0], 3]
+    assert before - 0.1 <= record['started'] <= record['finished'] <= time.time()
+    assert re.search(r'^\S+ worker 0: fail a.sh \(status 3, \d\.\d s\): err \(.*/q/out/a.sh.stderr\)$', log, re.M)
+
+
+def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
+    for name in '10', '9', 'B', 'a':
+        queue.add(name, 'ps -o sid= -p $$; echo $$; pwd')
+    assert queue.poll('--workers', '1', cwd='/')[0] == 0
+    started = {name: queue.record(name)['started'] for name in queue.names('complete')}
+    assert sorted(started, key=started.get) == ['10', '9', 'B', 'a']
+    session, pid, folder = queue.out('a.stdout').split()
+    assert session != pid  # the shim's, and not the poller's
+    assert int(session) == queue.pid('a')
+    assert folder == '/'
+
+
+def test_slots_are_used_at_once_and_reused(queue):
+    for name in 'abcd':
+        queue.add(name, f'echo $FASTGPU_ID; touch {queue.q}/{name}; ' + queue.gate())
+    poller = queue.start('--workers', '3')
+    until(lambda: all((queue.path / name).exists() for name in 'abc'))
+    assert queue.all() == {'a': 'running', 'b': 'running', 'c': 'running', 'd': 'to_run'}
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert sorted(queue.out(f'{name}.stdout') for name in 'abc') == ['0\n', '1\n', '2\n']
+
+
+def test_a_script_without_interpreter_line_runs_under_sh(queue):
+    queue.add('a', 'echo $((1+1))', head='')
+    assert queue.poll()[0] == 0
+    assert queue.out('a.stdout') == '2\n'
+
+
+def test_a_signal_that_ends_a_script_is_its_status(queue):
+    queue.add('a.sh', 'kill -SEGV $$')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.out('a.sh.exitcode') == '139'
+    assert 'status 139, SIGSEGV' in log
+
+
+@pytest.mark.parametrize('signum', ['USR1', 'USR2', 'ALRM', 'PIPE', 'QUIT', 'HUP', 'INT', 'TERM'])
+def test_a_signal_to_its_group_is_for_the_script_to_handle(queue, signum):
+    queue.add('a.sh', f'trap "echo caught" {signum}; kill -{signum} 0; echo done')
+    assert queue.poll()[0] == 0
+    assert queue.out('a.sh.stdout') == 'caught\ndone\n'
+
+
+def test_what_a_script_in_python_prints_is_seen_at_once_unless_it_says_otherwise(queue, monkeypatch):
+    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
+    monkeypatch.delenv('PYTHONUNBUFFERED', raising=False)
+    queue.poll()
+    assert queue.out('a.sh.stdout') == '<1>\n'
+    monkeypatch.setenv('PYTHONUNBUFFERED', '')
+    queue.add('a.sh', 'echo "<$PYTHONUNBUFFERED>"')
+    queue.poll()
+    assert queue.out('a-1.sh.stdout') == '<>\n'
+
+
+def test_a_wrapper_is_put_before_the_path_as_a_shell_would_split_it_and_runs_no_shell(queue):
+    queue.add('a b.sh', 'echo "$WORD"; exit 7')
+    assert queue.poll('--workers', '1', '--wrapper', "env WORD='a $HOME;  b'")[0] == 1
+    assert queue.out('a b.sh.stdout') == 'a $HOME;  b\n'
+    assert queue.out('a b.sh.exitcode') == '7'
+
+
+# --- Rule 1: nothing is lost ------------------------------------------------------------------------------------------
+
+def test_a_name_used_again_keeps_both_runs(queue):
+    for n in range(3):
+        queue.add('a.sh', f'echo {n}; exit {n}')
+        queue.poll()
+    assert queue.all() == {'a.sh': 'complete', 'a-1.sh': 'fail', 'a-2.sh': 'fail'}
+    assert [queue.out(f'{name}.stdout') for name in ('a.sh', 'a-1.sh', 'a-2.sh')] == ['0\n', '1\n', '2\n']
+    assert queue.record('a-2.sh')['script'] == 'a.sh'
+
+
+def test_a_name_is_taken_as_long_as_anything_is_left_of_it(queue):
+    (queue.path / 'out' / 'a.sh.stdout').write_text('old')
+    (queue.path / 'fail' / 'a-1.sh').write_text('old')
+    queue.add('a.sh', 'echo new')
+    queue.poll()
+    assert queue.out('a.sh.stdout') == 'old'
+    assert (queue.path / 'fail' / 'a-1.sh').read_text() == 'old'
+    assert queue.out('a-2.sh.stdout') == 'new\n'
+
+
+def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
+    queue.add('a.sh', f'echo run; [ -e {queue.q}/gate ] || exec sleep 1000')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    os.killpg(queue.pid('a.sh'), signal.SIGKILL)  # as the power would
+    queue.open_gate()
+    status, log = queue.poll('--workers', '1')
+    assert status == 0
+    assert re.search(r'worker 0: requeue a.sh \(cut off, \d+\.\d s\)', log)
+    assert queue.all() == {'a-1.sh': 'complete'}
+    assert queue.record('a-1.sh')['script'] == 'a.sh'
+    assert queue.out('a.sh.stdout') == queue.out('a-1.sh.stdout') == 'run\n'
+    assert queue.record('a.sh')['exitcode'] is None
+
+
+def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
+    queue.add('a.sh', 'echo old; exec sleep 1000')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    os.killpg(queue.pid('a.sh'), signal.SIGKILL)
+    queue.add('a.sh', 'echo new', mode=0o644)
+    second = queue.start('--workers', '1', '--exit', '0')
+    until(lambda: queue.names('to_run') == ['a.sh'] and queue.names('running') == ['a-1.sh'])
+    assert 'echo new' in (queue.path / 'to_run' / 'a.sh').read_text()
+    assert 'requeue a.sh as a-1.sh (cut off' in second.log()
+
+
+def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue):
+    queue.add('a.sh', 'kill -9 0')
+    status, log = queue.poll('--workers', '1')
+    assert status == 1
+    assert queue.all() == {'a-1.sh': 'fail'}
+    assert queue.out('a-1.sh.exitcode') == '137'
+    assert 'requeue a.sh (cut off' in log
+
+
+CRASH = """
+import os, signal, sys, fastgpu
+left = int(sys.argv.pop(1))
+def step():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def audit(event, args):
+    if event in STEPS or event == 'open' and isinstance(args[2], int) and args[2] & os.O_CREAT:
+        step()
+STEPS = 'os.rename', 'os.remove', 'os.truncate', 'os.chmod', 'os.killpg', 'fcntl.flock', 'subprocess.Popen'
+def also_before(module, name):
+    function = getattr(module, name)
+    setattr(module, name, lambda *args: [step(), function(*args)][1])
+also_before(os, 'pwrite')
+also_before(os, 'pidfd_open')
+also_before(fastgpu, 'rename_new')
+sys.addaudithook(audit)
+sys.exit(fastgpu.main())
+"""
+
+
+@pytest.mark.parametrize(('body', 'stride'), [('exit 3', 1), ('kill -9 0', 13)])
+def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, stride):
+    for number in itertools.count(1, stride):
+        queue = Queue(tmp_path / str(number))
+        for name in 'a', 'b':  # the second starts before the first is filed
+            queue.add(f'{name}.sh', f'echo run >> {queue.q}/{name}; echo whole; {body}')
+        crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
+        code = crashing.wait(30)
+        if code != -signal.SIGKILL:
+            break
+        queue.poll('--workers', '1')
+        assert set(queue.all().values()) == {'fail'}, number
+        assert len(queue.all()) == 2, number
+        for name in 'a', 'b':
+            ran = (queue.path / name).read_text().count('run')
+            assert ran == len([out for out in queue.names('out') if re.match(f'{name}.*stdout', out)]), number
+            assert ran == 1 or body != 'exit 3', number
+        for name in queue.all():
+            assert queue.out(f'{name}.exitcode') == ('3' if body == 'exit 3' else '137')
+            assert queue.out(f'{name}.stdout') == 'whole\n'
+        records = [name[:-5] for name in queue.names('out') if name.endswith('.json')]
+        assert all('finished' in queue.record(name) for name in records if queue.has_out(f'{name}.stdout')), number
+        assert FixedWorkerPool([0], queue.path).find_next() == 0
+    assert code == 1
+    assert number > 24
+
+
+def test_a_crash_before_the_rename_costs_no_more_than_the_name(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    queue.add('a.sh', 'echo once')
+    if os.fork() == 0:
+        os.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        pool.run('a.sh', 0)
+    os.wait()
+    assert queue.names('out') == ['a.sh.json']
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a-1.sh': 'complete'}
+    assert queue.out('a-1.sh.stdout') == 'once\n'
+
+
+def test_a_crash_between_rename_and_launch_puts_the_script_back(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    queue.add('a.sh', 'echo once')
+    if os.fork() == 0:
+        subprocess.Popen = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        pool.run('a.sh', 0)
+    os.wait()
+    assert queue.all() == {'a.sh': 'running'}
+    assert queue.poll()[0] == 0
+    assert [queue.out(f'{name}.stdout') for name in queue.all()] == ['once\n']
+    assert list(queue.all().values()) == ['complete']
+
+
+def test_a_full_disk_delays_a_start_and_loses_nothing(small_disk, tmp_path):
+    queue = small_disk
+    queue.add('a.sh', 'echo once')
+    poller = queue.start('--workers', '1', '--exit', '0', log=tmp_path / 'log')
+    until(lambda: queue.names('complete') == ['a.sh'])
+    queue.add('b.sh', 'echo once', mode=0o644)
+    (queue.path / f'.{os.uname().nodename}-0.lock').write_text('')  # or its new text would make room
+    filler = fill(queue.path)
+    (queue.path / 'to_run' / 'b.sh').chmod(0o755)
+    until(lambda: 'cannot start b.sh now: ' in poller.log())
+    assert queue.names('to_run') == ['b.sh']
+    assert FixedWorkerPool([0], queue.path).find_next() == 0  # not held meanwhile
+    filler.unlink()
+    until(lambda: queue.names('complete') == ['a.sh', 'b.sh'])
+    assert queue.out('b.sh.stdout') == 'once\n'
+    assert poller.poll() is None
+
+
+def test_a_script_that_ends_on_a_full_disk_is_filed_with_its_status_when_there_is_room(small_disk, tmp_path):
+    queue = small_disk
+    queue.add('a.sh', f'while [ ! -e {shlex.quote(str(tmp_path))}/full ]; do sleep 0.01; done; exit 5')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    filler = fill(queue.path)
+    (tmp_path / 'full').touch()
+    until(lambda: 'cannot file a.sh now: ' in poller.log())
+    assert queue.all() == {'a.sh': 'running'}
+    assert FixedWorkerPool([0], queue.path).find_next() == 0
+    filler.unlink()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.exitcode') == '5'
+
+
+def test_a_disk_that_becomes_read_only_is_waited_for(small_disk, tmp_path):
+    queue = small_disk
+    queue.add('a.sh', f'while [ ! -e {shlex.quote(str(tmp_path))}/go ]; do sleep 0.01; done; exit 5')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    pid = queue.pid('a.sh')
+    (tmp_path / 'go').touch()
+    poller.send_signal(signal.SIGSTOP)
+    until(lambda: Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z')
+    (queue.path / 'out' / 'a.sh.exitcode').unlink()  # as if it had not been able to write
+    until(lambda: subprocess.run(['mount', '-o', 'remount,ro', queue.path], check=False,
+                                 capture_output=True).returncode == 0 or poller.send_signal(signal.SIGCONT))
+    poller.send_signal(signal.SIGCONT)
+    until(lambda: 'cannot file a.sh now: ' in poller.log() or poller.poll() is not None)
+    subprocess.run(['mount', '-o', 'remount,rw', queue.path], check=True)
+    poller.wait(30)
+    assert queue.all() == {'a.sh': 'fail'}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='root has no limit of processes, and only root can become another user')
+def test_no_process_for_a_script_delays_its_start():
+    limit = ('import grp, locale, os, resource, shutil, sys, fastgpu; os.setgid(12345); os.setuid(12345)\n'
+             'resource.setrlimit(resource.RLIMIT_NPROC, (int(sys.argv.pop(1)),) * 2); sys.exit(fastgpu.main())')
+    with tempfile.TemporaryDirectory() as path:
+        queue = Queue(Path(path))
+        queue.add('a.sh', 'exit 3')
+        for folder in path, *Path(path).iterdir():
+            os.chown(folder, 12345, 12345)
+        for number in 1, 2:  # for the poller alone, and for the shim too
+            with tempfile.TemporaryDirectory() as logs:
+                poller = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', limit),
+                                     cwd=MODULE.parent, log=Path(logs) / 'log')
+                until(lambda poller=poller: 'cannot start a.sh now: ' in poller.log())
+                until(lambda: queue.names('out') == [])  # which is after that line
+                tried = (queue.path / 'out').stat().st_mtime_ns
+                time.sleep(0.5)
+                assert (queue.path / 'out').stat().st_mtime_ns == tried  # once a second, not all the time
+                poller.terminate()
+                assert poller.wait(30) == 143
+            assert queue.all() == {'a.sh': 'to_run'}
+            assert queue.names('out') == []
+        for folder in path, *Path(path).iterdir():
+            os.chown(folder, 0, 0)
+        assert queue.poll('--workers', '1')[0] == 1
+        assert queue.out('a.sh.exitcode') == '3'
+
+
+def test_a_script_that_cannot_be_started_now_stays_and_is_started_later(queue):
+    # Without room for the files of its output: a stand-in for all that a machine can lack.
+    shutil.rmtree(queue.path / 'out')
+    (queue.path / 'full').mkdir()
+    (queue.path / 'out').symlink_to('full')
+    queue.add('a.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    (queue.path / 'out').unlink()
+    (queue.path / 'out').symlink_to('elsewhere')
+    with pytest.raises(OSError, match=r'elsewhere|a\.sh'):
+        pool.run(queue.path / 'to_run' / 'a.sh', 0)
+    assert queue.all() == {'a.sh': 'to_run'}
+    (queue.path / 'elsewhere').mkdir()
+    assert pool.poll_scripts() == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
+    queue.add('a.sh')
+    code = ('import resource, sys, fastgpu; pool = fastgpu.FixedWorkerPool([0], sys.argv[1])\n'
+            'resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))\n'
+            'try: print(pool.run("a.sh", 0))\n'
+            'except OSError as error: print(error.errno)')
+    for files in range(4, 20):
+        run = subprocess.run([sys.executable, '-c', code, str(queue.path), str(files)], capture_output=True, text=True,
+                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+        assert run.returncode == 0, run.stderr
+        if run.stdout == 'True\n':
+            break
+        assert queue.all() == {'a.sh': 'to_run'}
+        assert queue.names('out') == []
+    assert files > 6
+    assert list(queue.all()) == ['a.sh']
+
+
+# --- Rule 2: each script runs once ------------------------------------------------------------------------------------
+
+def test_two_pollers_run_200_scripts_once_each(queue):
+    ran = queue.path / 'ran'
+    for n in range(200):
+        queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {shlex.quote(str(ran))}')
+    pollers = [queue.start('--workers', '2') for _ in range(2)]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(200)})
+    assert set(queue.all().values()) == {'complete'}
+    assert len(queue.names('complete')) == 200
+    assert len(queue.names('out')) == 800
+
+
+def test_two_claims_of_one_name_are_two_runs(queue):
+    queue.add('a.sh')
+    first, second = (FixedWorkerPool([0], queue.path).queue for _ in range(2))
+    run = first.claim('a.sh', 'worker', [0])
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')  # as before its rename
+    other = second.claim('a.sh', 'worker', [0])
+    assert (run.name, other.name) == ('a.sh', 'a-1.sh')
+    other.unclaim()
+    assert queue.names('out') == ['a.sh.json']
+
+
+def test_a_script_that_vanishes_between_look_and_claim_leaves_no_trace(queue):
+    pool = FixedWorkerPool([0], queue.path)
+    script = queue.add('a.sh')
+    script.unlink()
+    assert not pool.run(script, 0)
+    assert queue.names('out') == []
+    assert pool.find_next() == 0
+
+
+def test_a_script_under_two_names_after_a_crash_runs_once(queue):
+    queue.add('a.sh', queue.gate())
+    first = queue.start('--workers', '2')
+    queue.pid('a.sh')
+    os.link(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')
+    queue.let_look(first)
+    assert queue.names('running') == ['a.sh']
+    (queue.path / 'to_run' / 'a.sh').unlink()
+    queue.open_gate()
+    assert first.wait(30) == 0
+
+
+def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_script_not_repeated(small_disk, tmp_path):
+    queue = small_disk
+    wait = 'until [ -e full ]; do sleep 0.01; done'
+    queue.add('a.sh', f'cd {shlex.quote(str(tmp_path))}; {wait}; echo x >> ran; exit 5')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    poller.kill()
+    poller.wait()
+    filler = fill(queue.path)
+    (tmp_path / 'full').touch()
+    until(lambda: 'a.sh.exitcode' in queue.names('out'))
+    until(lambda: not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}'))
+    filler.unlink()
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    assert poller.wait(30) == 1
+    assert 'fail a.sh (status unknown, the disk was full, ' in poller.log()
+    assert queue.all() == {'a.sh': 'fail'}
+    assert (tmp_path / 'ran').read_text() == 'x\n'
+
+
+def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_that_never_started(small_disk, tmp_path):
+    queue = small_disk
+    subprocess.run(['mount', '-o', 'remount,nr_inodes=60', queue.path], check=True)
+    fill = 'n=0; while touch more$n 2>/dev/null; do n=$((n+1)); done'
+    queue.add('a.sh', f'echo >>{shlex.quote(str(tmp_path))}/runs; cd {queue.q}; {fill}; echo precious >&2; exit 254')
+    poller = queue.start('--workers', '1', log=tmp_path / 'log')
+    until(lambda: 'cannot file a.sh now' in poller.log())
+    for file in queue.path.glob('more*'):
+        file.unlink()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.exitcode') == '254'
+    assert 'precious\n' in queue.out('a.sh.stderr')
+    assert (tmp_path / 'runs').read_text() == '\n'
+
+
+def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_again(queue):
+    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--workers', '1')
+    until(lambda: (queue.path / 'ran').exists())
+    os.kill(queue.pid('a.sh'), signal.SIGKILL)
+    until(lambda: 'worker 0 busy' in poller.log() and queue.record('a.sh').get('shim_killed'))
+    queue.let_look(poller)
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
+    queue.open_gate()
+    assert poller.wait(30) == 1
+    assert 'fail a.sh (status unknown, the shell that waits for it was killed, ' in poller.log()
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'complete'}
+    assert (queue.path / 'ran').read_text() == 'run\n'
+
+
+def test_a_script_that_ends_right_after_its_shim_was_killed_does_not_run_again(queue):
+    for _ in range(3):
+        (queue.path / 'ran').unlink(missing_ok=True)
+        queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
+        poller = queue.start('--workers', '1')
+        until(lambda: (queue.path / 'ran').exists())
+        os.kill(queue.pid(until(lambda: queue.names('running'))[0]), signal.SIGKILL)
+        time.sleep(random.random() / 20)
+        queue.open_gate()
+        assert poller.wait(30) in (0, 1)
+        if (queue.path / 'ran').read_text() != 'run\n':  # its poller had no chance to see that it lived
+            assert 'cut off' in poller.log()
+        (queue.path / 'gate').unlink()
+
+
+@pytest.mark.parametrize('wrapper', ['', '--wrapper=closing'])
+def test_a_group_that_is_killed_whole_is_requeued_and_a_shim_alone_is_not(queue, monkeypatch, wrapper):
+    closing = queue.path / 'closing'
+    code = 'import os, sys; os.closerange(3, 1000); os.execv(sys.argv[1], sys.argv[1:])'
+    closing.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", code])} "$@"\n')
+    closing.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{queue.path}:{os.environ["PATH"]}')
+    for name in 'whole', 'shim':
+        queue.add(name, f'echo run >> {queue.q}/{name}.ran; ' + queue.gate())
+    poller = queue.start('--workers', '2', *filter(None, [wrapper]))
+    until(lambda: all((queue.path / f'{name}.ran').exists() for name in ('whole', 'shim')))
+    os.kill(queue.pid('shim'), signal.SIGKILL)
+    os.killpg(queue.pid('whole'), signal.SIGKILL)
+    until(lambda: 'requeue whole (cut off' in poller.log() and queue.record('shim').get('shim_killed'))
+    queue.open_gate()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'whole-1': 'complete', 'shim': 'fail'}
+    assert (queue.path / 'shim.ran').read_text() == 'run\n'
+
+
+def test_an_edited_record_does_not_make_its_script_run_twice(queue):
+    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
+    first = queue.start('--workers', '1')
+    until(lambda: (queue.path / 'ran').exists() and 'pid' in queue.record('a.sh'))
+    record = queue.path / 'out' / 'a.sh.json'
+    shutil.copy(record, record.with_suffix('.new'))
+    os.rename(record.with_suffix('.new'), record)  # as editors do: a new file, which nobody locks
+    second = queue.start('--workers', '2')
+    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
+    queue.open_gate()
+    assert [first.wait(30), second.wait(30)] == [0, 0]
+    assert queue.all() == {'a.sh': 'complete'}
+    assert (queue.path / 'ran').read_text() == 'run\n'
+
+
+def test_a_name_in_running_without_a_record_is_left_alone_and_named(queue):
+    queue.add('a.sh')
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'running'}
+    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
+
+
+def test_runs_of_another_host_are_left_alone_and_named(queue):
+    queue.add('a.sh')
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', 'host': 'far\x1baway', 'ids': [0], 'started': 1.0, 'pid': 1}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh': 'running'}
+    command = f'{shlex.join(["mv", f"{queue.path}/running/a.sh", f"{queue.path}/to_run"])}/'
+    assert f'a.sh runs on far\\x1baway; if no fastgpu_poll will run there again: {command}\n' in log
+    subprocess.run(command, shell=True, check=True)
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a-1.sh': 'complete'}
+
+
+@pytest.mark.parametrize(('code', 'folder'), [(0, 'complete'), (3, 'fail')])
+def test_a_run_that_ended_on_another_host_is_not_to_be_run_again(queue, code, folder):
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', 'host': 'far', 'ids': [0], 'started': 1.0, 'pid': 1}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    (queue.path / 'out' / 'a.sh.exitcode').write_text(str(code))
+    log = queue.poll()[1]
+    said = rf'a.sh ended \(status {code}\) on far; if no fastgpu_poll will run there again: (mv .*)\n'
+    mend = re.search(said, log)[1]
+    subprocess.run(mend, shell=True, check=True)
+    assert queue.all() == {'a.sh': folder}
+
+
+def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(queue, tmp_path):
+    for n in range(40):
+        queue.add(f'{n:02}', f'echo {n} >> {queue.q}/ran')
+    queue.add('00', f'echo 0 >> {queue.q}/ran; ' + queue.gate())
+    hosts = []
+    for name in 'one', 'two':
+        (tmp_path / name).write_text(f'boot of {name}\n')
+        hosts.append(on_host(name, tmp_path / name))
+    pollers = [queue.start('--workers', '1', command=host) for host in hosts]
+    until(lambda: len(queue.names('complete')) == 39)
+    owner = ['one', 'two'].index(queue.record('00')['host'])
+    other = pollers[1 - owner]
+    assert other.wait(30) == 0  # what runs elsewhere is not waited for
+    assert queue.names('running') == ['00']
+    pollers[owner].kill()
+    pollers[owner].wait()
+    os.killpg(queue.pid('00'), signal.SIGKILL)
+    third = queue.start('--workers', '1', command=hosts[1 - owner])
+    assert third.wait(30) == 0
+    assert queue.names('running') == ['00']
+    said = f'00 runs on {["one", "two"][owner]}; if no fastgpu_poll will run there again: (mv .*)'
+    command = re.search(said, third.log())[1]
+    subprocess.run(command, shell=True, check=True)
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert sorted(map(int, (queue.path / 'ran').read_text().split())) == sorted([0, *range(40)])
+
+
+# --- Rule 3: a GPU has one owner --------------------------------------------------------------------------------------
+
+def test_a_resource_is_not_given_to_a_second_script(wp):
+    queue = Queue(wp.path)
+    for name in 'ab':
+        queue.add(name, queue.gate())
+    assert wp.run('a', 0)
+    with pytest.raises(FastgpuError, match='worker 0 is in use'):
+        wp.run('b', 0)
+    assert FixedWorkerPool([0], wp.path).lock_next() is None
+    queue.open_gate()
+    assert wp.poll_scripts() == 0
+
+
+def test_two_pollers_on_one_host_share_the_slots(queue):
+    for name in 'abcd':
+        queue.add(name, queue.gate())
+    pollers = [queue.start('--workers', '2') for _ in range(2)]
+    until(lambda: len(queue.names('running')) == 2 and any('busy: runs' in poller.log() for poller in pollers))
+    assert len(queue.names('to_run')) == 2
+    queue.open_gate()
+    assert [poller.wait(30) for poller in pollers] == [0, 0]
+    assert set(queue.all().values()) == {'complete'}
+
 
 def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
     queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
@@ -3261,6 +1534,19 @@ def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
         assert {queue.record(name)['ids'][0] for name in queue.all()} <= {0, 1}
 
 
+def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh', '')
+    first = queue.start('--workers', '1')
+    kill_holding(first, queue, 'a.sh', queue.path)
+    second = queue.start('--workers', '1')
+    until(lambda: 'worker 0 busy: runs a.sh of yours (pid ' in second.log())
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.record('b.sh')['started'] >= queue.record('a.sh')['finished']
+
+
 def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
     first, second = Queue(tmp_path / 'q1'), Queue(tmp_path / 'q2')
     gpus.have(1)
@@ -3274,6 +1560,93 @@ def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
     assert poller.wait(30) == 0
 
 
+def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
+    queue.add('a.sh', queue.gate())
+    command = shlex.join([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)])
+    command = f'exec {command} <&- >&- 2>&-'
+    first = subprocess.Popen(['/bin/sh', '-c', command])
+    queue.pollers.append(first)
+    kill_holding(first, queue, 'a.sh', queue.path)
+    queue.add('b.sh')
+    second = queue.start('--workers', '1')
+    until(lambda: 'worker 0 busy: runs a.sh' in second.log())
+    queue.let_look(second)
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_script(queue):
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    popen = subprocess.Popen.__init__
+
+    def interrupted(*args, **kwargs):
+        popen(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    subprocess.Popen.__init__ = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool.poll_scripts()
+    finally:
+        subprocess.Popen.__init__ = popen
+    assert pool.lock_next() is None
+    queue.open_gate()
+    assert pool.poll_scripts() == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_a_slot_is_free_only_when_all_that_a_cancelled_script_started_is_gone(queue):
+    # So much memory takes a while to be given back, and only then is the file closed.
+    child = ('import signal; signal.signal(15, signal.SIG_IGN)\n'
+             'memory = b"x" * (400 << 20); print("ready", flush=True); signal.pause()')
+    queue.add('a.sh', f"trap 'exit 9' TERM; exec 9>{queue.q}/held; flock 9; '{sys.executable}' -c '{child}' & wait")
+    queue.add('b.sh', f'exec 9>{queue.q}/held; flock -n 9')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    (queue.path / 'running' / 'a.sh').unlink()
+    assert poller.wait(30) == 0
+    assert queue.all() == {'b.sh': 'complete'}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_no_other_user_can_free_a_gpu_or_make_us_write_to_our_own_files(tmp_path):
+    with tempfile.TemporaryDirectory() as path:  # tmp_path is hidden from others
+        os.chmod(path, 0o1777)
+        lock = Path(path) / 'fastgpu-X.lock'
+        fd = take_lock(lock)
+        attack = f"""
+import fcntl, os, struct, sys
+os.setgid(65534); os.setuid(65534)
+def lock(kind):
+    whole = struct.pack('hhqqi', kind, os.SEEK_SET, 0, 0, 0)
+    fcntl.fcntl(os.open({str(lock)!r}, os.O_RDWR), fcntl.F_OFD_SETLK, whole)
+for attempt in (lambda: os.unlink({str(lock)!r}), lambda: os.rename({str(lock)!r}, {str(lock)!r} + '2'),
+                lambda: os.chmod({str(lock)!r}, 0),
+                lambda: lock(fcntl.F_WRLCK), lambda: lock(fcntl.F_RDLCK),
+                lambda: fcntl.lockf(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)):
+    try:
+        attempt()
+    except OSError:
+        continue
+    sys.exit('it worked')
+lock(fcntl.F_UNLCK)
+fcntl.lockf(os.open({str(lock)!r}, os.O_RDWR), fcntl.LOCK_UN)
+open({str(lock)!r}, 'w').write(chr(27) + '[2J' + 'nobody uses this')
+"""
+        subprocess.run([sys.executable, '-c', attack], check=True)
+        assert take_lock(lock) is None
+        assert why_locked(lock) == r'busy: \x1b[2Jnobody uses this'
+        os.close(fd)
+        os.chown(lock, 65534, 65534)  # a file that another user made is as good
+        os.chmod(lock, 0o666)
+        fd = take_lock(lock)
+        assert fd is not None
+        os.close(fd)
+
+
 def test_a_gpu_has_one_lock_whatever_its_number_is_for_whom(gpus, tmp_path, monkeypatch):
     gpus.have(2)
     mine = ResourcePoolGPU(tmp_path / 'q1')
@@ -3284,28 +1657,78 @@ def test_a_gpu_has_one_lock_whatever_its_number_is_for_whom(gpus, tmp_path, monk
     assert ResourcePoolGPU(tmp_path / 'q2').find_next() == 0
 
 
-def test_a_lock_file_of_gpus_is_told_but_not_trusted(gpus, queue):
-    lock = gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock'
-    lock.write_bytes(b'\x1b[31mrun\xff' + b'x' * 10000)
+def test_run_refuses_a_gpu_that_another_poller_asks_for(gpus, queue):
     queue.add('a.sh')
     pool = ResourcePoolGPU(queue.path)
-    with open(lock, 'r+') as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        assert pool.lock_next() == 1
-        assert pool.reasons[0].startswith(r'busy: \x1b[31mrun')
-        assert len(pool.reasons[0]) < 300
-    assert pool.find_next() == 0
+    place = pool.place(0)
+    asking = fastgpu.open_lock(place.path)
+    assert place.asking.lock(asking)
+    with pytest.raises(FastgpuError, match='gpu 0 busy'):
+        pool.run('a.sh', 0)
+    os.close(asking)
+    assert pool.run('a.sh', 0)
 
 
-def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
+def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
     gpus.have(1)
-    for n in range(8):
-        queue.add(f'{n}.sh', 'sleep 0.1')
+    gpus.change(0, total=10240)
+    one, two, four = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=n) for n in (1, 2, 4))
+    assert one.lock_next() == 0
+    assert (two.lock_next(), four.lock_next()) == (None, None)
+    one.unlock(0)
+    assert two.lock_next() == 0
+    assert one.lock_next() is None
+    assert re.fullmatch(rf'busy: a lock of yours \(pid {os.getpid()}, .*\)', one.reasons[0])
+    gpus.change(0, used=7000)
+    assert two.lock_next() is None
+    assert four.lock_next() == '0.1'
+    two.unlock(0)
+    four.unlock('0.1')
+    assert four.lock_next() is None  # the first one again, and 7000 MiB are in use
+    gpus.change(0, used=0)
+    assert one.lock_next() == 0
+
+
+def test_who_only_asks_does_not_make_a_busy_gpu_seem_shared(gpus, tmp_path):
+    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
+    class Asking(ResourcePoolGPU):
+        def is_available(self, ident):
+            return while_asked.append(other.lock_next())
+
+    asking, other = (kind(tmp_path / f'q{n}', per_gpu=2) for n, kind in enumerate((Asking, ResourcePoolGPU)))
+    while_asked = []
+    assert asking.lock_next() is None
+    assert while_asked == [None]
+
+
+def test_no_query_can_make_a_gpu_without_scripts_seem_shared(gpus, tmp_path):
+    gpus.set({'uuid': A, 'total': 10240})
+    class Asking(ResourcePoolGPU):
+        def is_available(self, ident):  # meanwhile the script ends and somebody else comes
+            first.unlock(0)
+            gpus.change(0, used=3000, pids=[4121])
+            got.append(late.lock_next())
+
+    first, late = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=3) for n in range(2))
+    assert first.lock_next() == 0
+    got = []
+    assert Asking(tmp_path / 'q', per_gpu=3).lock_next() is None
+    assert {*got, late.lock_next()} == {None}
+
+
+def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(gpus, queue):
+    gpus.have(1)
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
     poller = queue.start('--exit', '1')
+    until(lambda: queue.names('running') == ['a.sh'])
+    gpus.change(0, pids=[2**22 + 1])
+    queue.open_gate()
+    until(lambda: f'used by pid {2**22 + 1}' in poller.log())
+    until(lambda: 'complete a.sh' in poller.log())  # filed after the next one was tried
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+    gpus.change(0, pids=[])
     assert poller.wait(30) == 0
-    runs = [queue.record(f'{n}.sh') for n in range(8)]
-    gaps = sorted(after['started'] - before['finished'] for before, after in zip(runs, runs[1:]))
-    assert gaps[4] < 1  # the median: no wait for the next second
 
 
 def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(gpus, queue, monkeypatch, capsys):
@@ -3325,43 +1748,411 @@ def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(g
     queue.open_gate()
 
 
-def test_why_a_gpu_of_a_poller_that_stands_still_is_busy(gpus, tmp_path):
-    gpus.have(1)
-    first, second = Queue(tmp_path / 'one'), Queue(tmp_path / 'two')
-    first.add('a.sh', first.gate())
-    stopped = first.start('--exit', '1')
-    first.pid('a.sh')
-    stopped.send_signal(signal.SIGSTOP)
-    first.open_gate()
-    until(lambda: first.has_out('a.sh.exitcode'))
-    os.utime(first.path / 'out' / 'a.sh.exitcode', (time.time() - 600,) * 2)
-    second.add('b.sh')
-    waiting = second.start('--exit', '1')
-    until(lambda: re.search(r'gpu 0 busy: runs a.sh of yours \(pid \d+, .*/one\), which ended 0:10:0\d ago: its poller '
-                            r'stands still \(Ctrl-Z\?\), or a daemon of it lives\n', waiting.log()))
-    stopped.send_signal(signal.SIGCONT)
-    assert (stopped.wait(30), waiting.wait(30)) == (0, 0)
-    for queue in first, second:
-        for poller in queue.pollers:
-            poller.wait()
+# --- Rule 4: killing the poller kills no work -------------------------------------------------------------------------
+
+def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
+    queue.add('ends-well.sh', queue.gate('one') + 'echo well')
+    queue.add('fails.sh', queue.gate('one') + 'echo bad; exit 7')
+    queue.add('runs-on.sh', queue.gate('two') + 'echo on; exit 8')
+    queue.add('waits.sh', 'echo waited')
+    first = queue.start('--workers', '3')
+    until(lambda: len(queue.names('running')) == 3 and all('pid' in queue.record(n) for n in queue.names('running')))
+    first.kill()
+    first.wait()
+    queue.open_gate('one')
+    until(lambda: queue.has_out('ends-well.sh.exitcode') and queue.has_out('fails.sh.exitcode'))
+    assert len(queue.names('running')) == 3
+    second = queue.start('--workers', '3')
+    until(lambda: queue.all() == {'ends-well.sh': 'complete', 'fails.sh': 'fail', 'runs-on.sh': 'running',
+                                  'waits.sh': 'complete'})
+    until(lambda: 'waiting for runs-on.sh, which runs without this poller' in second.log())
+    assert second.poll() is None
+    queue.open_gate('two')
+    assert second.wait(30) == 1
+    assert queue.all()['runs-on.sh'] == 'fail'
+    assert [queue.out(f'{name}.sh.exitcode') for name in ('ends-well', 'fails', 'runs-on')] == ['0', '7', '8']
+    assert queue.out('runs-on.sh.stdout') == 'on\n'
+    record = queue.record('runs-on.sh')
+    assert record['exitcode'] == 8
+    assert abs(record['finished'] - (queue.path / 'out' / 'runs-on.sh.exitcode').stat().st_mtime) < 1
 
 
-def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(gpus, queue):
-    gpus.have(1)
-    queue.add('a.sh', queue.gate())
-    queue.add('b.sh')
-    poller = queue.start('--exit', '1')
-    until(lambda: queue.names('running') == ['a.sh'])
-    gpus.change(0, pids=[2**22 + 1])
+@pytest.mark.parametrize('signum', [signal.SIGHUP, signal.SIGKILL])
+def test_hup_and_kill_of_the_poller_leave_the_scripts_running(queue, signum):
+    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signum)
+    assert poller.wait(30) == -signum
     queue.open_gate()
-    until(lambda: f'used by pid {2**22 + 1}' in poller.log())
-    until(lambda: 'complete a.sh' in poller.log())  # filed after the next one was tried
-    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
-    gpus.change(0, pids=[])
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.out('a.sh.stdout') == 'ready\nend\n'
+
+
+def test_pkill_of_fastgpu_ends_the_poller_and_no_script(queue):
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1')
+    command = Path(f'/proc/{queue.pid("a.sh")}/cmdline').read_bytes().replace(os.fsencode(queue.path), b'')
+    assert b'_job_status' in command
+    assert b'fastgpu' not in command
+    poller.kill()
+
+
+def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
+    queue.add('a.sh', TRAP.format(6))
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    poller.kill()
+    poller.wait()
+    os.killpg(queue.pid('a.sh'), signal.SIGTERM)
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.out('a.sh.exitcode') == '6'
+
+
+def test_resources_that_json_does_not_know_are_filed_by_the_next_poller_too(queue):
+    queue.add('a.sh', queue.gate())
+    api = 'import fastgpu; fastgpu.FixedWorkerPool([("host", 1)], ".").poll_scripts()'
+    first = subprocess.Popen([sys.executable, '-c', api], cwd=queue.path,
+                             env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+    queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_a_container_that_is_started_anew_under_another_name_files_what_ended(queue):
+    queue.add('ended.sh', queue.gate('end') + 'exit 3')
+    queue.add('runs.sh', queue.gate())
+    first = queue.start('--workers', '2', command=on_host('before'))
+    for name in 'ended.sh', 'runs.sh':
+        queue.pid(name)
+    first.kill()
+    first.wait()
+    queue.open_gate('end')
+    second = queue.start('--workers', '2', command=on_host('after'))
+    until(lambda: 'waiting for runs.sh, which runs without this poller' in second.log())
+    assert queue.all() == {'ended.sh': 'fail', 'runs.sh': 'running'}
+    queue.open_gate()
+    assert second.wait(30) == 1
+    assert queue.all() == {'ended.sh': 'fail', 'runs.sh': 'complete'}
+
+
+# --- Rule 5: nothing goes stale ---------------------------------------------------------------------------------------
+
+def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queue):
+    queue.add('cut.sh', f'echo run >> {queue.q}/ran; ' + queue.gate('never'))
+    queue.add('ended.sh', queue.gate() + 'exit 4')
+    first = queue.start('--workers', '2')
+    until(lambda: (queue.path / 'ran').exists() and queue.names('running') == ['cut.sh', 'ended.sh'])
+    queue.pid('cut.sh')
+    queue.pid('ended.sh')
+    first.send_signal(signal.SIGSTOP)
+    queue.open_gate()
+    until(lambda: queue.has_out('ended.sh.exitcode'))
+    first.kill()
+    first.wait()
+    os.killpg(queue.pid('cut.sh'), signal.SIGKILL)
+    assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
+    queue.open_gate('never')
+    assert queue.poll()[0] == 1
+    assert queue.all() == {'cut-1.sh': 'complete', 'ended.sh': 'fail'}
+    assert (queue.path / 'ran').read_text() == 'run\nrun\n'
+
+
+def test_what_a_host_that_crashed_had_started_is_cut_off_though_its_pid_reached_no_record(queue):
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', **fastgpu.this_host(), 'boot': 'before', 'ids': [0], 'started': 1.0}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    status, log = queue.poll()
+    assert (status, queue.all()) == (0, {'a-1.sh': 'complete'})
+    assert 'requeue a.sh (cut off, ' in log
+
+
+@pytest.mark.parametrize(('change', 'folder'), [
+    ({'boot': 'before'}, 'complete'), ({'boot': 'before', 'host': 'old-name'}, 'running'),
+    ({'boot': 'theirs', 'machine': 'theirs'}, 'running'), ({'boot': 'theirs', 'machine': ''}, 'running'),
+    ({'host': 'old-name', 'machine': 'theirs'}, 'complete')])
+def test_a_run_is_of_the_kernel_that_started_it_or_of_this_machine_before_its_reboot(queue, change, folder):
+    if not fastgpu.this_host()['machine']:
+        pytest.skip('has no machine-id(5)')
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', **fastgpu.this_host(), 'ids': [0], 'started': 1.0, 'pid': 2**22 + 1, **change}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    (queue.path / 'out' / 'a.sh.stdout').touch()
+    status, log = queue.poll()
+    assert status == 0
+    assert queue.all() == {'a.sh' if folder == 'running' else 'a-1.sh': folder}
+    assert ('if no fastgpu_poll will run there again: mv ' in log) == (folder == 'running')
+
+
+def test_an_ended_script_whose_daemon_holds_its_locks_is_filed_and_its_slot_is_free(queue):
+    queue.add('a.sh', f'({queue.gate()}) & echo started')
+    queue.add('b.sh')
+    assert queue.poll('--workers', '1')[0] == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+    assert FixedWorkerPool([0], queue.path).find_next() == 0
+
+
+def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(queue):
+    queue.add('a.sh', f'({queue.gate()}) &')
+    queue.add('b.sh', f'echo; {queue.gate("second")}')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('b.sh.stdout'))
+    poller.kill()
+    poller.wait()
+    queue.open_gate('second')
+    until(lambda: queue.has_out('b.sh.exitcode'))
+    until(lambda: FixedWorkerPool([0], queue.path).find_next() == 0)
+    queue.open_gate()
+
+
+def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
+    queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
+    first.kill()
+    first.wait()
+    queue.open_gate('one')
+    assert queue.poll('--workers', '1')[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}
+
+
+def test_a_slot_is_not_held_after_an_interrupt_between_its_lock_and_the_start(queue):
+    class Interrupted(fastgpu.Claims):
+        def take_some(self, number, script):
+            super().take_some(number, script)
+            raise KeyboardInterrupt
+
+    queue.add('a.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    pool.claims = Interrupted(pool)
+    with pytest.raises(KeyboardInterrupt):
+        pool.poll_scripts()
+    assert FixedWorkerPool([0], queue.path).lock_next() == 0
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+@pytest.mark.parametrize('jump', [-7200, 7200])
+def test_a_clock_that_jumps_costs_nothing(queue, monkeypatch, jump):
+    now, began = time.time, time.monotonic()
+    monkeypatch.setattr(time, 'time', lambda: now() + (jump if time.monotonic() > began + 0.3 else 0))
+    for n in range(6):
+        queue.add(f'{n}.sh', 'sleep 0.1')
+    assert FixedWorkerPool([0], queue.path).poll_scripts() == 0
+    assert len(queue.names('complete')) == 6
+
+
+# --- Rule 6: fail closed, and say why: scripts and folders ------------------------------------------------------------
+
+def test_what_is_not_executable_waits_and_is_named_once_and_at_exit(queue):
+    queue.add('a.sh', mode=0o644)
+    queue.add('b.sh', 'sleep 0.3')
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
+    assert log.count('to_run/a.sh waits for its chmod +x') == 1
+    assert 'left in to_run: a.sh (not executable)' in log
+
+
+def test_what_is_said_of_a_script_and_of_a_run_of_its_name_is_said_once(queue, capsys):
+    queue.add('a.sh', mode=0o644)
+    queue.add('b.sh').rename(queue.path / 'running' / 'a.sh')
+    pool = FixedWorkerPool([0], queue.path)
+    for _ in range(3):
+        assert pool.poll_scripts() == 1
+    log = capsys.readouterr().err
+    assert log.count('has no record in out') == log.count('waits for its chmod +x') == 1
+
+
+def test_a_name_that_came_before_is_named_anew(queue):
+    script = queue.add('a.sh', mode=0o644)
+    poller = queue.start('--exit', '0', '--workers', '1')
+    until(lambda: poller.log().count('to_run/a.sh waits for its chmod +x') == 1)
+    script.chmod(0o755)
+    until(lambda: queue.names('complete') == ['a.sh'])
+    queue.add('a.sh', mode=0o644)
+    until(lambda: poller.log().count('to_run/a.sh waits for its chmod +x') == 2)
+
+
+def test_an_empty_file_is_not_ready(queue):
+    script = queue.add('a.sh', head='')
+    script.write_text('')
+    os.utime(script, (1, 1))
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert 'to_run/a.sh cannot run: empty\n' in log
+
+
+def test_a_link_that_leads_nowhere_is_named_and_left(queue):
+    (queue.path / 'to_run' / 'a.sh').symlink_to('nowhere')
+    queue.add('b.sh')
+    status, log = queue.poll(cwd=queue.path)
+    assert status == 1
+    assert 'to_run/a.sh cannot run: a link that leads nowhere\n' in log
+    assert 'left in to_run: a.sh (a link that leads nowhere)\n' in log
+    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
+
+
+def test_a_name_too_long_for_its_exitcode_stays_and_is_named(queue):
+    most = os.pathconf(queue.path, 'PC_NAME_MAX')
+    fits, too_long = 'f' * (most - len('.exitcode')), 'e' * (most - len('.exitcode') + 1)
+    queue.add(too_long)
+    queue.add(fits)
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {too_long: 'to_run', fits: 'complete'}
+    assert log.count('its name is too long, by 1 bytes') == 2
+    assert queue.names('out') == [f'{fits}.{kind}' for kind in ('exitcode', 'json', 'stderr', 'stdout')]
+
+
+def test_a_script_that_cannot_be_moved_stays_and_the_others_run(queue):
+    if os.getuid() or not shutil.which('chattr'):
+        pytest.skip('needs root and chattr')
+    script = queue.add('a.sh')
+    queue.add('b.sh')
+    if subprocess.run(['chattr', '+i', script], check=False, capture_output=True).returncode:
+        pytest.skip('no immutable files here')
+    try:
+        status, log = queue.poll('--workers', '1')
+    finally:
+        subprocess.run(['chattr', '-i', script], check=True)
+    assert status == 1
+    assert queue.all() == {'a.sh': 'to_run', 'b.sh': 'complete'}
+    assert 'left in to_run: a.sh (it cannot be moved: Operation not permitted)' in log
+
+
+@pytest.mark.parametrize('kind', ['folder', 'fifo', 'link'])
+def test_one_odd_file_does_not_stop_the_others(queue, kind):
+    for name in 'a.sh', 'b.sh':
+        queue.add(name)
+    os.rename(queue.path / 'to_run' / 'a.sh', queue.path / 'running' / 'a.sh')
+    record = queue.path / 'out' / 'a.sh.json'
+    {'folder': Path.mkdir, 'fifo': os.mkfifo, 'link': lambda path: path.symlink_to('/etc/passwd')}[kind](record)
+    status, log = queue.poll()
+    assert status == 1  # it was left behind
+    assert queue.all() == {'a.sh': 'running', 'b.sh': 'complete'}
+    assert 'running/a.sh has no record in out; if nothing runs it: mv ' in log
+
+
+def test_a_record_with_a_name_that_no_file_can_have_goes_to_fail_and_is_named(queue):
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'x' * 300, **fastgpu.this_host(), 'ids': [0], 'started': 1.0, 'pid': 2**22 + 1}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    status, log = queue.poll()
+    assert status == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert 'fail a.sh (cut off, and its record has a name that no file can have' in log
+
+
+def test_a_poller_in_a_script_of_its_own_queue_is_refused(queue):
+    command = shlex.join([sys.executable, str(MODULE), '--workers', '2', '--path', str(queue.path)])
+    queue.add('a.sh', command)
+    status, log = queue.poll('--workers', '1')
+    assert status == 1
+    assert 'fail a.sh (status 2, ' in log
+    assert 'this runs in a script of the same queue, and would wait for itself: use another --path' in log
+
+
+@pytest.mark.parametrize(('head', 'said'), [
+    ('', r'it has no #! line, so /bin/sh ran it: for Python, begin it with #!/usr/bin/env python3'),
+    ('#!/bin/sh\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
+    ('#!/usr/bin/env python3\r\n', "it has the line ends of Windows: sed -i 's/\\r$//' {fail} mends that"),
+    ('#!python3\n', 'its #! line needs a path: #!/usr/bin/env python3'),
+    ('\ufeff#!/bin/sh\n', 'a byte order mark stands before its #!: save it without one'),
+    ('#!/no/such/python3 -u\n', 'its interpreter /no/such/python3 does not exist'),
+    ('#!/bin/sh\n', '.*no-such-command: not found'),
+], ids=['none', 'windows', 'windows behind env', 'no path', 'byte order mark', 'missing', 'good'])
+def test_why_a_first_line_made_a_script_fail_is_said_and_what_to_put_there(queue, head, said):
+    queue.add('a.py', 'no-such-command (\n' if head == '' else 'no-such-command', head=head)
+    status, log = queue.poll()
+    assert status == 1
+    fail = queue.path / 'fail' / 'a.py'
+    said = said if said[0] == '.' else re.escape(said.format(fail=shlex.quote(str(fail))))
+    assert re.search(rf'fail a.py \(status \d+, \d.\d s\): {said} \(', log)
+    if 'sed' in said:
+        command = re.search(r'sed .*?(?= mends that)', log)[0]
+        subprocess.run(command, shell=True, check=True)
+        assert b'\r' not in fail.read_bytes()
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
+def test_a_folder_that_cannot_be_read_for_a_while_is_said_and_looked_at_again(queue, tmp_path, number):
+    (tmp_path / 'sitecustomize.py').write_text(f"""
+import os
+listdir = os.listdir
+def fails(path='.'):
+    if str(path).endswith('running') and os.path.exists({str(tmp_path / 'away')!r}):
+        raise OSError({number}, os.strerror({number}), str(path))
+    return listdir(path)
+os.listdir = fails
+""")
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    queue.pid('a.sh')
+    (tmp_path / 'away').touch()
+    said = f'cannot see the queue now: {queue.path}/running: {os.strerror(number)}; trying again'
+    until(lambda: said in poller.log())
+    queue.open_gate()
+    until(lambda: queue.names('complete') == ['a.sh'])  # which needs no look there
+    assert poller.poll() is None
+    (tmp_path / 'away').unlink()
     assert poller.wait(30) == 0
+    assert poller.log().count('cannot see') == 1
 
 
-# --- GPUs, rule 6: in doubt busy, and why -----------------------------------------------------------------------------
+@pytest.mark.parametrize(('call', 'where', 'said'), [
+    ('stat', 'to_run/a.sh', ''), ('open', 'out/b.sh.json', 'cannot file b.sh now: '),
+    ('stat', 'out/a.sh.json', 'cannot start a.sh now: ')])
+def test_one_failed_look_at_a_file_is_no_verdict_on_it(queue, tmp_path, call, where, said):
+    away = tmp_path / 'away'
+    (tmp_path / 'sitecustomize.py').write_text(f"""
+import functools, os
+right = os.{call}
+def fails(path, *args, **kwargs):
+    if str(path).endswith({where!r}) and os.access({str(away)!r}, os.F_OK):
+        raise OSError(5, os.strerror(5), path)
+    return right(path, *args, **kwargs)
+os.{call} = functools.partial(fails)  # not a function, which in a class (pathlib of 3.9) would become a method
+""")
+    queue.add('b.sh', queue.gate())
+    first = queue.start('--workers', '2')
+    queue.pid('b.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '2', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    until(lambda: 'waiting for b.sh' in second.log())
+    away.touch()
+    queue.add('a.sh')
+    if said:
+        until(lambda: said in second.log())
+    else:
+        queue.open_gate()
+        until(lambda: queue.names('complete') == ['b.sh'])
+    looked = time.monotonic() + 1.2  # it looks around each second
+    until(lambda: time.monotonic() > looked)
+    assert second.poll() is None
+    assert 'mv ' not in second.log()
+    away.unlink()
+    queue.open_gate()
+    assert second.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+    assert queue.names('out') == sorted(f'{n}.{kind}' for n in ('a.sh', 'b.sh')
+                                        for kind in ('exitcode', 'json', 'stderr', 'stdout'))
+
+
+@pytest.mark.parametrize('plant', [lambda path: path.symlink_to(path.parent / 'precious'), os.mkfifo])
+def test_what_is_planted_where_the_clock_is_does_no_harm(queue, plant):
+    (queue.path / 'precious').write_text('precious')
+    plant(queue.path / f'.{os.uname().nodename}.clock')
+    os.utime(queue.add('a.sh'))
+    assert queue.poll()[0] == 0
+    assert (queue.path / 'precious').read_text() == 'precious'
+
+
+# --- Rule 6: fail closed, and say why: GPUs ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize('state', [{'pids': [4121]}, {'used': 1025}, {'memory': 15}, {'processes': 15},
                                    {'grows': True}])
@@ -3410,6 +2201,57 @@ def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, 
     assert ' gpu 0: start a.sh' in poller.log()
 
 
+def test_the_log_of_who_waits_tells_who_has_a_gpu_once_a_minute(queues):
+    for n in range(30):
+        queues[0].add(f'{n:02}', 'sleep 0.01')
+        queues[1].add(f'{n:02}', 'sleep 0.01')
+    pollers = [queue.start('--exit', '1') for queue in queues[:2]]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    for poller in pollers:
+        assert len(re.findall('gpu 0 busy', poller.log())) <= 1
+
+
+def test_the_memory_of_a_script_that_just_ended_is_no_news(gpus, queue):
+    gpus.have(1)
+    for name in 'ab':
+        queue.add(name, queue.gate(name))
+    poller = queue.start('--exit', '1')
+    queue.pid('a')
+    gpus.change(0, used=52000)  # what is still held when a killed one is gone
+    queue.open_gate('a')
+    until(lambda: queue.names('complete') == ['a'])
+    asked = len(gpus.calls('memory'))
+    until(lambda: len(gpus.calls('memory')) > asked + 1)
+    assert 'busy' not in poller.log()
+    until(lambda: 'gpu 0 busy: 50.8 GiB used by no compute process' in poller.log())
+    gpus.change(0, used=500)
+    queue.open_gate('b')
+    assert poller.wait(30) == 0
+
+
+def test_a_lock_file_of_gpus_is_told_but_not_trusted(gpus, queue):
+    lock = gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock'
+    lock.write_bytes(b'\x1b[31mrun\xff' + b'x' * 10000)
+    queue.add('a.sh')
+    pool = ResourcePoolGPU(queue.path)
+    with open(lock, 'r+') as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        assert pool.lock_next() == 1
+        assert pool.reasons[0].startswith(r'busy: \x1b[31mrun')
+        assert len(pool.reasons[0]) < 300
+    assert pool.find_next() == 0
+
+
+@pytest.mark.parametrize('note', [b'runs a\0b of x (pid 1, /t)', b'\xff' * 300, b'runs \xed\xb2\x80 of y (pid 1, /x)'])
+def test_no_note_of_another_user_is_more_than_a_text(gpus, queue, note):
+    path = ResourcePoolGPU(queue.path).place(0).path
+    fd = fastgpu.open_lock(path)
+    assert fastgpu.Place(path).lock(fd)
+    os.pwrite(fd, note, 0)
+    assert 'busy' in status(queue)[1]
+    os.close(fd)
+
+
 @pytest.mark.parametrize('plant', [lambda path: path.symlink_to('/etc/passwd'), os.mkfifo, Path.mkdir])
 def test_a_lock_that_is_not_one_makes_its_gpu_unusable_and_not_the_others(gpus, queue, plant):
     plant(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock')
@@ -3418,42 +2260,722 @@ def test_a_lock_that_is_not_one_makes_its_gpu_unusable_and_not_the_others(gpus, 
     assert pool.reasons[0].startswith('unusable: ')
 
 
-def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
+@pytest.mark.parametrize('plant', [Path.mkdir, os.mkfifo, lambda path: path.symlink_to('/etc/passwd')])
+def test_what_is_planted_as_a_lock_file_is_one_line_of_the_status(gpus, queue, plant):
+    plant(gpus.locks / f'fastgpu-{gpus.gpus[0]["uuid"]}.lock')
+    assert 'unusable: ' in status(queue)[1]
+
+
+def test_why_a_gpu_of_a_poller_that_stands_still_is_busy(gpus, tmp_path):
+    gpus.have(1)
+    first, second = Queue(tmp_path / 'one'), Queue(tmp_path / 'two')
+    first.add('a.sh', first.gate())
+    stopped = first.start('--exit', '1')
+    first.pid('a.sh')
+    stopped.send_signal(signal.SIGSTOP)
+    first.open_gate()
+    until(lambda: first.has_out('a.sh.exitcode'))
+    os.utime(first.path / 'out' / 'a.sh.exitcode', (time.time() - 600,) * 2)
+    second.add('b.sh')
+    waiting = second.start('--exit', '1')
+    until(lambda: re.search(r'gpu 0 busy: runs a.sh of yours \(pid \d+, .*/one\), which ended 0:10:0\d ago: its poller '
+                            r'stands still \(Ctrl-Z\?\), or a daemon of it lives\n', waiting.log()))
+    stopped.send_signal(signal.SIGCONT)
+    assert (stopped.wait(30), waiting.wait(30)) == (0, 0)
+    for queue in first, second:
+        for poller in queue.pollers:
+            poller.wait()
+
+
+def test_who_stands_still_while_he_asks_the_driver_is_told_to_others(gpus, queues):
+    place = ResourcePoolGPU(queues[1].path).place(0)
+    fd = fastgpu.open_lock(place.path)
+    assert place.asking.lock(fd)
+    queues[0].add('a')
+    poller = queues[0].start('--exit', '1')
+    said = f'gpu 0 busy: another poller asks the driver, without an answer (fuser -v {place.path})'
+    until(lambda: said in poller.log())
+    os.close(fd)
+    assert poller.wait(30) == 0
+
+
+def test_more_gpus_than_there_are_fails_at_once_and_says_so(gpus, queue):
+    queue.add('a.sh', '#SBATCH -G 5')
+    queue.add('b.sh', '#SBATCH -G two')
+    queue.add('c.sh', '#SBATCH -G ' + 5000 * '9')
+    queue.add('d.sh')
+    status, log = queue.poll('--exit', '1')
+    assert status == 1
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'to_run', 'c.sh': 'to_run', 'd.sh': 'complete'}
+    assert queue.out('a.sh.stderr') == 'a.sh asks for 5 gpus, and there are 2\n'
+    assert queue.out('a.sh.exitcode') == '1'
+    assert 'a.sh asks for 5 gpus, and there are 2\n' in log
+    assert 'left in to_run: b.sh (its line "#SBATCH -G two" does not say how many GPUs)' in log
+
+
+def test_a_script_that_needs_more_gpus_than_can_be_used_now_says_so(gpus, queue):
+    gpus.change(1, memory=15)
+    queue.add('a.sh', '#SBATCH --gpus=2')
+    poller = queue.start('--exit', '1')
+    until(lambda: 'a.sh waits for 2 gpus at once (only 1 can be used now), and all behind it wait too' in poller.log())
+    gpus.change(1, memory=0)
+    assert poller.wait(30) == 0
+
+
+def test_a_script_that_could_not_run_is_looked_at_again_when_it_has_changed(gpus, queue):
+    queue.add('a.sh', '#SBATCH -G two')
     poller = queue.start('--exit', '0')
-    queue.add('a.sh')
+    until(lambda: 'to_run/a.sh cannot run: ' in poller.log())
+    queue.add('a.sh', '#SBATCH -G 2')
     until(lambda: queue.names('complete') == ['a.sh'])
-    assert len(gpus.calls('memory')) == 1
-    queue.let_look(poller)
-    assert len(gpus.calls('memory')) == 1
-    gpus.change(0, used=5000)
-    gpus.change(1, used=5000)
-    queue.add('b.sh')
-    until(lambda: len(gpus.calls('memory')) >= 7)
-    for gpu in gpus.gpus:
-        times = [seconds for uuid, seconds in gpus.calls('memory')[1:] if uuid == gpu['uuid']]
-        assert all(later - earlier >= 0.99 for earlier, later in zip(times, times[1:]))
-    assert poller.poll() is None
 
 
-def test_a_slow_driver_delays_the_notice_of_an_end_by_one_call_at_most(gpus, queue):
-    gpus.have(4)
-    for n in range(1, 4):
-        gpus.gpus[n].update(delay=0.3, pids=[1])
-    gpus.save()
+def test_a_gpu_on_which_three_scripts_in_a_row_fail_at_once_rests_and_its_neighbour_works(gpus, queue):
+    for name in '1234567':
+        queue.add(name, '[ $FASTGPU_ID = 1 ] && sleep 0.1 || exit 3')
+    log = queue.poll('--exit', '1')[1]
+    assert len(queue.names('fail')) == 3
+    assert len(queue.names('complete')) == 4
+    names = ', '.join(sorted(queue.names('fail'), key=lambda name: queue.record(name)['finished']))
+    assert re.search(f'gpu 0 rests until ..:..:..: {names} failed in a row, each within 10 s \\(their .stderr in', log)
+
+
+def test_a_rest_is_seen_by_others_gets_longer_and_ends_with_a_script_that_works(gpus, queue, monkeypatch):
+    gpus.have(1)
+    now = [1000.0]
+    monkeypatch.setattr(fastgpu.time, 'monotonic', lambda: now[0])
+    pool, other = ResourcePoolGPU(queue.path), ResourcePoolGPU(queue.path)
+    for name in 'ab':
+        pool.note_end([0], name, True, False)
+    pool.note_end([0], 'c', False, False)
+    for name in 'def':
+        assert pool.is_available(0)
+        pool.note_end([0], name, True, False)
+    assert not pool.is_available(0)
+    assert not other.is_available(0)
+    assert re.fullmatch('busy: rests until .*: d, e, f failed in a row, each within 10 s', other.reasons[0])
+    assert ': d, e, f failed in a row' in status(queue)[1]
+    assert ResourcePoolGPU(queue.path.parent).is_available(0)  # a broken batch is no reason for other queues
+    lengths = []
+    for name in 'ghijklmn':
+        began = now[0]
+        while not pool.is_available(0):
+            now[0] += 1
+        lengths.append(now[0] - began)
+        pool.note_end([0], name, True, False)
+    assert lengths == [60, 120, 240, 480, 960, 1920, 3600, 3600]
+    now[0] += 3600
+    assert pool.is_available(0)
+    pool.note_end([0], 'o', False, False)
+    pool.note_end([0], 'p', True, False)
+    assert pool.is_available(0)
+    several = ResourcePoolGPU(queue.path.parent, per_gpu=4)
+    for name in 'abcdefgh':  # two batches of four at once
+        several.note_end([several.all_ids()['abcdefgh'.index(name) % 4]], name, True, False)
+        if name == 'd':
+            now[0] += 61
+            assert several.is_available(0)
+    now[0] += 119
+    assert not several.is_available(0)
+    now[0] += 2
+    assert several.is_available(0)
+
+
+def test_slots_do_not_rest(queue):
+    for name in '123456':
+        queue.add(name, 'exit 3')
+    assert 'rests' not in queue.poll('--workers', '1')[1]
+
+
+# --- Rule 7: the folders stay true ------------------------------------------------------------------------------------
+
+def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
+    for name in 'moved.sh', 'removed.sh':
+        queue.add(name, f'echo ready >> {queue.q}/{name}; exec sleep 1000')
+    poller = queue.start('--workers', '2', '--exit', '0')
+    until(lambda: (queue.path / 'moved.sh').exists() and (queue.path / 'removed.sh').exists())
+    os.rename(queue.path / 'running' / 'moved.sh', queue.path / 'moved-away.sh')
+    (queue.path / 'running' / 'removed.sh').unlink()
+    until(lambda: queue.record('moved.sh').get('finished') and queue.record('removed.sh').get('finished'))
+    assert queue.record('moved.sh')['cancelled'] is True
+    assert queue.out('removed.sh.exitcode') == '143'
+    assert queue.all() == {}
+    until(lambda: 'cancelled moved.sh (status 143, SIGTERM' in poller.log())
+    queue.add('next.sh')
+    until(lambda: queue.names('complete') == ['next.sh'])  # the slots are free again
+    poller.send_signal(signal.SIGINT)
+    assert poller.wait(30) == 130
+    assert ' 3 scripts in ' in poller.log()
+    assert ': 1 complete, 0 fail, 2 cancelled\n' in poller.log()
+
+
+def test_mv_of_a_running_script_back_to_to_run_starts_it_anew_when_it_has_ended(queue):
+    queue.add('a.sh', 'trap "sleep 0.3; echo end; exit 1" TERM; echo start; while :; do sleep 0.01; done')
+    poller = queue.start('--workers', '2')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    held = FixedWorkerPool([0, 1], queue.path)
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'to_run' / 'a.sh')
+    until(lambda: queue.has_out('a-1.sh.stdout'))
+    assert queue.out('a.sh.stdout') == 'start\nend\n'
+    assert queue.record('a-1.sh')['started'] >= queue.record('a.sh')['finished']
+    os.unlink(queue.path / 'running' / 'a-1.sh')
+    assert poller.wait(30) == 0
+    assert held.find_next() == 0
+
+
+def test_cancelling_works_for_the_script_of_a_dead_poller_too(queue):
+    queue.add('a.sh', 'echo ready; exec sleep 1000')
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'fail' / 'a.sh')
+    assert second.wait(30) == 0
+    assert queue.out('a.sh.exitcode') == '143'
+    assert queue.record('a.sh')['cancelled'] is True
+    assert queue.all() == {'a.sh': 'fail'}
+
+
+def test_mv_back_from_fail_runs_again_and_keeps_both_outputs(queue):
+    queue.add('a.sh', f'echo $$; [ -e {queue.q}/gate ]')
+    assert queue.poll()[0] == 1
+    os.rename(queue.path / 'fail' / 'a.sh', queue.path / 'to_run' / 'a.sh')
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a-1.sh': 'complete'}
+    assert queue.out('a.sh.stdout') != queue.out('a-1.sh.stdout')
+    assert (queue.out('a.sh.exitcode'), queue.out('a-1.sh.exitcode')) == ('1', '0')
+
+
+def test_removing_from_out_and_complete_at_any_time_harms_nothing(queue):
+    queue.add('done.sh')
+    queue.poll()
+    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'exit 3')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    for folder in 'out', 'complete':
+        for name in queue.names(folder):
+            (queue.path / folder / name).unlink()
+    queue.open_gate()
+    assert poller.wait(30) == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.exitcode') == '3'
+
+
+def test_files_of_others_in_out_are_left_alone(queue):
+    out = queue.path / 'out'
+    (out / 'metrics.json').write_text('{"loss": 0.1}')
+    (out / 'records.json').write_text('[]')
+    (out / 'folder.json').mkdir()
+    os.mkfifo(out / 'fifo.json')
+    os.utime(out / 'metrics.json', (1, 1))
+    queue.add('metrics')
+    queue.add('fifo')
+    assert queue.poll()[0] == 0
+    assert (out / 'metrics.json').read_text() == '{"loss": 0.1}'
+    assert {'metrics-1.json', 'fifo-1.json', 'folder.json', 'records.json'} <= set(queue.names('out'))
+
+
+def test_a_folder_that_vanishes_is_made_again(queue):
     queue.add('a.sh', queue.gate())
     queue.add('b.sh')
-    poller = queue.start('--exit', '1')
-    until(lambda: len(gpus.calls('processes')) > 2)
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['a.sh'])
+    (queue.path / 'complete').rmdir()
     queue.open_gate()
-    until(lambda: queue.names('complete'))
-    ended = (queue.path / 'out' / 'a.sh.exitcode').stat().st_mtime
-    noticed = (queue.path / 'complete').stat().st_mtime
-    calls = [at + time.time() - time.monotonic() for name in ('memory', 'processes') for _, at in gpus.calls(name)]
-    assert len([at for at in calls if ended < at < noticed]) <= 1
+    assert poller.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
+
+
+@pytest.mark.parametrize('folder', ['complete', 'fail'])
+def test_the_folders_of_what_ended_are_made_anew_when_they_are_missing(queue, folder):
+    queue.add('a.sh', queue.gate() + f'exit {int(folder == "fail")}')
+    poller = queue.start('--workers', '1')
+    queue.pid('a.sh')
+    (queue.path / folder).rmdir()
+    queue.open_gate()
+    assert poller.wait(30) == int(folder == 'fail')
+    assert queue.all() == {'a.sh': folder}
+
+
+def test_a_script_is_not_cancelled_because_its_folder_cannot_be_seen(queue):
+    queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
+    poller = queue.start('--workers', '1', log=queue.path.parent / 'log')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    os.rename(queue.path / 'running', queue.path / 'run')
+    assert poller.wait(30) == 1
+    assert 'cancel a.sh' not in poller.log()
+    os.rename(queue.path / 'run', queue.path / 'running')
+    queue.open_gate()
+    assert queue.poll()[0] == 0
+    assert queue.out('a.sh.stdout') == 'ready\nend\n'
+
+
+def test_a_folder_of_the_queue_that_is_replaced_ends_its_poller_and_cancels_nothing(queue):
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1')
+    queue.pid('a.sh')
+    (queue.path / 'running').rename(queue.path / 'running.old')
+    (queue.path / 'running').mkdir()
+    assert poller.wait(30) == 1
+    assert 'cancel' not in poller.log()
+    queue.open_gate()
+
+
+def test_a_queue_that_vanishes_ends_its_poller_with_one_line(queue):
+    poller = queue.start('--workers', '1', '--exit', '0', log=queue.path.parent / 'log')
+    queue.let_look(poller)
+    os.rename(queue.path, queue.path.parent / 'elsewhere')
+    assert poller.wait(30) == 1
+    assert re.search(r'^fastgpu_poll: .*/q/\w+: No such file or directory; what runs goes on', poller.log(), re.M)
+    assert 'Traceback' not in poller.log()
+
+
+@pytest.mark.parametrize('another', [False, True], ids=['and nothing is there', 'and another is made there'])
+def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue, another):
+    for name in 'ab':
+        queue.add(name, queue.gate('gate-of-all'))
+    queue.add('c', queue.gate('first'))
+    gates = queue.path.parent
+    for script in (queue.path / 'to_run').iterdir():
+        script.write_text(script.read_text().replace(str(queue.path), str(gates)))
+        os.utime(script, (1, 1))
+    log = gates / 'log'
+    poller = queue.start('--workers', '3', log=log)
+    for name in 'abc':
+        queue.pid(name)
+    moved = queue.path.rename(gates / 'moved')
+    if another:
+        fastgpu.setup_dirs(queue.path)
+    (gates / 'first').touch()  # what ends now makes its poller look for a folder
+    assert poller.wait(30) == 1
+    assert 'what runs goes on, and the next fastgpu_poll files it' in poller.log()
+    assert 'cancel' not in poller.log()
+    assert queue.path.exists() == another
+    queue.path = moved
+    assert {'a', 'b'} <= set(queue.names('running'))
+    (gates / 'gate-of-all').touch()
+
+
+def test_a_script_that_ends_in_a_queue_that_was_moved_keeps_its_status_and_is_known_by_the_next_poller(queue):
+    ran = f'{queue.q}-ran'
+    for name in 'ab':
+        queue.add(name, f'echo ran >> {ran}; while ! [ -e {queue.q}-{name} ]; do sleep 0.01; done; exit 3')
+    poller = queue.start('--workers', '2')
+    pids = {queue.pid(name) for name in 'ab'}
+    until(lambda: Path(f'{queue.path}-ran').exists() and Path(f'{queue.path}-ran').read_text() == 'ran\nran\n')
+    poller.kill()
+    poller.wait()
+    old, queue.path = queue.path, queue.path.rename(f'{queue.path}-moved')
+    Path(f'{old}-a').touch()
+    until(lambda: queue.has_out('a.exitcode') == '3')
+    second = queue.start('--workers', '2')
+    until(lambda: queue.names('fail') == ['a'])
+    assert queue.names('running') == ['b']
+    assert not second.poll()
+    (queue.path / 'running' / 'b').rename(queue.path / 'b')  # to cancel it works too
+    assert second.wait(30) == 1
+    assert 'cancelled b ' in second.log()
+    assert not any(os.path.exists(f'/proc/{pid}') and 'Z' not in Path(f'/proc/{pid}/stat').read_text() for pid in pids)
+    assert Path(f'{old}-ran').read_text() == 'ran\nran\n'
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can mount')
+def test_a_queue_that_is_unmounted_is_not_made_anew_below(tmp_path, queue):
+    mounted = tmp_path / 'mounted'
+    mounted.mkdir()
+    if subprocess.run(['mount', '--bind', queue.path, mounted], check=False, capture_output=True).returncode:
+        pytest.skip('cannot mount here')
+    script = queue.add('a.sh', queue.gate())
+    log = tmp_path / 'log'
+    with open(log, 'w') as err:
+        poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', mounted], stderr=err)
+    queue.pollers.append(poller)
+    queue.pid('a.sh')
+    subprocess.run(['umount', '--lazy', mounted], check=True)
+    queue.open_gate()
+    assert poller.wait(30) == 1
+    assert list(mounted.iterdir()) == []
+    assert not script.exists()
+    assert 'cancel' not in log.read_text()
+
+
+# --- Rule 8: everybody gets a turn ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('number', [2, 3])
+def test_queues_that_wait_for_a_gpu_get_it_in_turn(queues, number):
+    queues = queues[:number]
+    for queue in queues:
+        for n in range(60 if queue is queues[0] else 6):
+            queue.add(f'{n:02}', 'sleep 0.01')
+    first = queues[0].start('--exit', '1')
+    until(lambda: queues[0].names('complete'))
+    for later in [queue.start('--exit', '1') for queue in queues[1:]]:
+        assert later.wait(60) == 0
+    assert len(queues[0].names('complete')) < 50  # it had not to end first
+    order = in_turn(queues)
+    turns = [list(group) for _, group in itertools.groupby(order[order.index(1):len(order) - order[::-1].index(1)])]
+    assert statistics.median(map(len, turns)) == 1
+    first.send_signal(signal.SIGTERM)
+
+
+def test_pollers_of_one_queue_share_a_slot_in_turn(queue):
+    for n in range(24):
+        queue.add(f'{n:02}', f'echo $PPID >/dev/null; echo $POLLER >> {queue.q}/ran; sleep 0.01')
+    pollers = [queue.start('--workers', '1', env={**os.environ, 'POLLER': name}) for name in 'ab']
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+    assert min(Counter((queue.path / 'ran').read_text().split()).values()) >= 6
+
+
+def test_whose_script_just_left_a_gpu_lets_those_go_first_who_waited(gpus, tmp_path):
+    had, waits = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
+    assert had.take_some(1, 'first') == [0]
+    assert had.take_some(1, 'second') == [1]
+    assert had.take_some(1, 'third') == waits.take_some(1, 'other') == []
+    had.unlock(0)
+    assert had.take_some(1, 'third') == []
+    assert waits.take_some(1, 'other') == [0]
+    waits.leave()
+    had.unlock(1)
+    assert had.take_some(1, 'third') == [1]  # nobody else waits any more
+
+
+@pytest.mark.parametrize('why', ['stopped', 'cannot use it'])
+def test_who_waits_and_cannot_take_what_is_free_does_not_change_the_turns_of_others(queues, why):
+    waits, *others = queues[:3]
+    waits.add('x')
+    args = ('--max-used', '100') if why == 'cannot use it' else ('--exit', '1')
+    blocker = others[0]
+    blocker.add('00', blocker.gate())
+    first = blocker.start('--exit', '1')
+    blocker.pid('00')
+    poller = waits.start(*args)
+    until(lambda: 'gpu 0 busy' in poller.log())
+    if why == 'stopped':
+        poller.send_signal(signal.SIGSTOP)
+    for queue in others:
+        for n in range(1, 9):
+            queue.add(f'{n:02}', 'sleep 0.05')
+    second = others[1].start('--exit', '1')
+    until(lambda: 'gpu 0 busy' in second.log())
+    blocker.open_gate()
+    assert [first.wait(60), second.wait(60)] == [0, 0]
+    order = in_turn(others)
+    assert statistics.median(len(list(group)) for _, group in itertools.groupby(order)) == 1, order
+    poller.kill()
+
+
+def test_who_waits_and_does_not_take_what_is_free_keeps_nobody_from_it(queues):
+    holder, stopped, other = queues[:3]
+    holder.add('a', holder.gate())
+    holder.start('--exit', '1')
+    holder.pid('a')
+    stopped.add('b')
+    poller = stopped.start('--exit', '1')
+    until(lambda: 'gpu 0 busy: runs a of yours' in poller.log())
+    poller.send_signal(signal.SIGSTOP)
+    for name in 'cde':
+        other.add(name)
+    late = other.start('--exit', '1')
+    until(lambda: 'gpu 0 busy: runs a of yours' in late.log())
+    holder.open_gate()
+    assert late.wait(60) == 0
+    poller.send_signal(signal.SIGCONT)
     assert poller.wait(60) == 0
 
 
-# --- GPUs: old drivers, and such as come and go -----------------------------------------------------------------------
+def test_of_two_that_need_several_gpus_one_keeps_what_it_gets_and_the_other_waits(gpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastgpu, 'STEP_BACK', 0)  # each could have what is free at once
+    holder, first, second = (ResourcePoolGPU(tmp_path / name).claims for name in 'abc')
+    assert holder.take_some(2, 'both') == [0, 1]
+    assert first.take_some(2, 'first') == second.take_some(2, 'second') == []
+    holder.unlock(1)
+    assert second.take_some(2, 'second') == first.take_some(2, 'first') == []
+    assert (list(second.locks), list(first.locks)) == ([], [1])
+    holder.unlock(0)
+    assert second.take_some(2, 'second') == []
+    assert first.take_some(2, 'first') == [0, 1]
+    first.unlock(0, 1)
+    until(lambda: second.take_some(2, 'second') == [0, 1])  # within the second that it asks again
+
+
+def test_pollers_that_want_all_gpus_do_not_block_each_other(gpus, tmp_path):
+    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
+    for queue in queues:
+        for n in range(6):
+            body = f'cd {shlex.quote(str(tmp_path))}; mkdir held || exit 1; sleep 0.02; rmdir held'
+            queue.add(f'{n}', f'#SBATCH --gpus=2\n{body}')
+    pollers = [queue.start('--exit', '1') for queue in queues]
+    assert [poller.wait(60) for poller in pollers] == [0, 0]
+
+
+def test_pollers_that_want_all_gpus_get_them_however_slow_the_driver_is(gpus, tmp_path):
+    for gpu in gpus.gpus:
+        gpu['delay'] = 0.2
+    gpus.save()
+    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
+    for queue in queues:
+        queue.add('a', '#SBATCH --gpus=2')
+    pollers = [queue.start('--exit', '1') for queue in queues]
+    assert [poller.wait(30) for poller in pollers] == [0, 0]
+
+
+def test_a_script_that_needs_several_gpus_is_not_starved_by_small_ones(gpus, queues):
+    gpus.have(2)
+    *streams, wants = queues[:3]
+    for queue in streams:
+        for n in range(80):
+            queue.add(f'{n:02}', 'sleep 0.1')
+    pollers = [queue.start('--exit', '1') for queue in streams]
+    until(lambda: all(queue.names('complete') for queue in streams))
+    wants.add('big.sh', '#SBATCH --gpus=2\n' + wants.gate())
+    big = wants.start('--exit', '1')
+    wants.pid('big.sh')
+    assert all(queue.names('to_run') for queue in streams)
+    wants.open_gate()
+    assert big.wait(60) == 0
+    for poller in pollers:
+        poller.send_signal(signal.SIGTERM)
+
+
+def test_what_is_kept_for_one_script_is_not_for_the_next(gpus, tmp_path):
+    gpus.have(4)
+    holder, keeper = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
+    assert holder.take_some(1, 'a') == [0]
+    assert keeper.take_some(4, 'big') == []
+    assert list(keeper.locks) == [1, 2, 3]
+    keeper.take_some(2, 'small')
+    until(lambda: keeper.take_some(2, 'small') == [1, 2])
+    assert ResourcePoolGPU(tmp_path / 'c').lock(3)
+
+
+@pytest.mark.parametrize('end', ['cancelled', 'stopped', 'killed', 'refused'])
+def test_what_is_kept_is_free_when_nobody_needs_it_any_more(gpus, queues, end):
+    gpus.have(2)
+    holder, wants, other = queues[:3]
+    holder.add('a', holder.gate())
+    holder.start('--exit', '1')
+    holder.pid('a')
+    big = wants.add('big.sh', '#SBATCH --gpus=2\n')
+    poller = wants.start('--exit', '0')
+    until(lambda: 'gpu 1 kept for big.sh, which needs 2\n' in poller.log())
+    other.add('b')
+    late = other.start('--exit', '1')
+    kept = f'kept for big.sh of yours (pid {poller.pid}, {wants.path}), which needs 2\n'
+    until(lambda: f'gpu 1 busy: {kept}' in late.log())
+    assert 'kept for big.sh of ' in status(other)[1]
+    if end == 'cancelled':
+        big.unlink()
+    elif end == 'refused':
+        big.write_text('#!/bin/sh\n#SBATCH --gpus=3\n')
+    else:
+        poller.send_signal(signal.SIGTERM if end == 'stopped' else signal.SIGKILL)
+    assert late.wait(60) == 0
+    holder.open_gate()
+
+
+def test_what_cannot_be_met_now_keeps_nothing(gpus, queues):
+    gpus.have(2)
+    gpus.change(1, action=1)
+    queues[0].add('big', '#SBATCH --gpus=2')
+    wants = queues[0].start('--exit', '1')
+    until(lambda: '(only 1 can be used now)' in wants.log())
+    queues[1].add('small')
+    assert queues[1].poll('--exit', '1')[0] == 0
+    gpus.change(1, action=0)
+    assert wants.wait(30) == 0
+
+
+def test_who_needs_several_gpus_waits_for_no_one_who_needs_other_ones(gpus, queues, monkeypatch):
+    gpus.have(4)
+    gpus.change(0, pids=[4121])
+    for queue, visible in zip(queues, ('0,1', '2,3')):
+        queue.add('big.sh', '#SBATCH --gpus=2\n')
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+        poller = queue.start('--exit', '1')
+        until(lambda poller=poller: 'kept for big.sh' in poller.log() or poller.poll() == 0)
+    assert queues[1].names('complete') == ['big.sh']
+    assert queues[0].names('to_run') == ['big.sh']
+
+
+def test_who_needs_several_and_came_first_is_first_everywhere(gpus, tmp_path):
+    gpus.have(8)
+    first, second = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
+    assert first._may_keep(2)
+    assert not second._may_keep(2)
+    assert first._may_keep(2)
+    plant = gpus.locks / f'fastgpu-{gpus.gpus[3]["uuid"]}.lock'
+    plant.unlink()
+    plant.mkdir()  # one that cannot be used does not keep them from the others
+    third = ResourcePoolGPU(tmp_path / 'c').claims
+    first.leave()
+    second.leave()
+    assert third._may_keep(2)
+
+
+def test_queues_with_all_kinds_of_demands_under_kill_9_share_the_gpus_and_all_come_to_an_end(gpus, queues):
+    gpus.have(3)
+    rng, options = random.Random(os.environ.get('SEED')), [1, 2, 3, 1]
+    for queue in queues:
+        for n in range(12):
+            need = '#SBATCH --gpus=2\n' * (rng.random() < 0.2)
+            queue.add(f'{n:02}', f'{need}date +%s.%N; sleep {rng.random() / 10:.2f}; date +%s.%N')
+    live = {}
+    deadline = time.monotonic() + 60
+    while any(queue.names('to_run') + queue.names('running') for queue in queues):
+        assert time.monotonic() < deadline
+        for queue, number in zip(queues, options):
+            if queue not in live or live[queue].poll() is not None:
+                live[queue] = queue.start('--exit', '1', '--per-gpu', str(number))
+        time.sleep(rng.random() / 5)
+        if time.monotonic() < deadline - 54:
+            live[rng.choice(queues)].kill()
+    uses = {}  # of each GPU: when it began and ended, and how many its poller lets share it
+    for queue, number in zip(queues, options):
+        assert len(queue.names('complete')) == 12
+        for name in queue.names('complete'):
+            began, ended = map(float, queue.out(f'{name}.stdout').split())
+            for ident in queue.record(name)['ids']:
+                uses.setdefault(str(ident)[0], []).append((began, ended, number))
+    for of_one in uses.values():
+        for began, *_ in of_one:
+            at_once = [use for use in of_one if use[0] <= began < use[1]]
+            numbers = [number for _, _, number in at_once]  # 1 is for all of it; of others, each has a place
+            assert len(at_once) <= (1 if 1 in numbers else max(numbers)), at_once
+
+
+# --- GPUs: which of them, and what a script sees ----------------------------------------------------------------------
+
+def test_all_gpus_are_used_and_a_script_sees_its_own(gpus, queue):
+    for name in 'ab':
+        queue.add(name, SEES + '; ' + queue.gate())
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.has_out('a.stdout') and queue.has_out('b.stdout'))
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert sorted(queue.out(f'{name}.stdout') for name in 'ab') == ['0 0 PCI_BUS_ID\n', '1 1 PCI_BUS_ID\n']
+    assert re.search(r' gpu 0: start a\n', poller.log())
+    assert sorted(os.listdir(gpus.locks)) == [f'fastgpu-{gpu["uuid"]}.lock' for gpu in gpus.gpus]
+
+
+def test_cuda_visible_devices_limits_the_gpus_and_keeps_their_numbers(gpus, queue, monkeypatch):
+    gpus.have(4)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,2')
+    for name in 'abc':
+        queue.add(name, SEES + '; ' + queue.gate())
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.has_out('a.stdout') and queue.has_out('b.stdout'))
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert [queue.out(f'{name}.stdout') for name in 'ab'] == ['3 3 PCI_BUS_ID\n', '2 2 PCI_BUS_ID\n']
+
+
+@pytest.mark.parametrize(('listed', 'ids'), [
+    (None, [0, 1, 2]), ('2,0', [2, 0]), (' 1 , 2 ', [1, 2]), ('1,-1,2', [1]), ('1,,2', [1]), ('2,9,0', [2]),
+    ('0,x', [0]), ('2,1,', [2, 1]),
+    (A, [A]), ('GPU-aaaa1', [A]), ('GPU-c,GPU-aaaa2', [C, B]), (f'1,{C}', [B, C]), (f'{B},GPU-d,{A}', [B]),
+])
+def test_cuda_visible_devices_has_cudas_grammar(gpus, queue, monkeypatch, capsys, listed, ids):
+    gpus.set({'uuid': A}, {'uuid': B}, {'uuid': C})
+    if listed is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.all_ids() == ids
+    assert pool.environment(ids[0])['CUDA_VISIBLE_DEVICES'] == str(ids[0])
+    ends_early = re.search('9|x|GPU-d|-1|,,', listed or '')
+    assert ('left out, as CUDA does' in capsys.readouterr().err) == bool(ends_early)
+
+
+@pytest.mark.parametrize(('listed', 'words'), [
+    ('', 'CUDA_VISIBLE_DEVICES= hides all GPUs; unset it, or use --workers N'),
+    ('-1', 'CUDA_VISIBLE_DEVICES=-1 hides all GPUs (there is no GPU "-1"); unset it'),
+    ('NoDevFiles', 'hides all GPUs (there is no GPU "NoDevFiles")'),
+    ('7,0', 'hides all GPUs (there is no GPU "7")'),
+    ('GPU-aaaa', f'CUDA_VISIBLE_DEVICES=GPU-aaaa: GPU-aaaa could be {A} or {B}'),
+    ('0,1,0', 'CUDA_VISIBLE_DEVICES=0,1,0 names 0 twice'),
+    (f'0,{A}', f'names {A} twice'),
+    ('\x1b[31m', r'CUDA_VISIBLE_DEVICES=\x1b[31m hides all'),
+])
+def test_a_list_that_shows_no_gpu_or_is_unclear_is_refused_in_one_line(gpus, tmp_path, monkeypatch, listed, words):
+    gpus.set({'uuid': A}, {'uuid': B}, {'uuid': C})
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert words in run.stderr
+    assert run.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('uuid', ['GPU-12345678-1234-1234-1234-123456789abc', '12345678-1234-1234-1234-123456789abc'])
+def test_a_uuid_may_lack_its_first_letters(gpus, queue, monkeypatch, uuid):
+    gpus.set({'uuid': uuid})
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', uuid[:10])
+    assert ResourcePoolGPU(queue.path).all_ids() == [uuid]
+
+
+def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
+    gpus.save(init=9)
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == ('fastgpu_poll: no NVIDIA driver found (Driver Not Loaded); '
+                          'use --workers N to run without GPUs\n')
+    assert not (tmp_path / 'to_run').exists()
+
+
+def test_no_gpus_is_one_line(gpus, tmp_path):
+    gpus.set()
+    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == 'fastgpu_poll: the NVIDIA driver shows no GPU; use --workers N to run without GPUs\n'
+
+
+# --- GPUs: MIG --------------------------------------------------------------------------------------------------------
+
+def test_instances_of_a_gpu_in_mig_mode_are_the_resources(gpus, queue, capsys):
+    mig_box(gpus)
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.all_ids() == [A, 'MIG-1', 'MIG-2', 'MIG-3']
+    assert 'gpu 2 unusable: is in MIG mode and has no instances' in capsys.readouterr().err
+    assert [pool.lock_next() for _ in range(5)] == [A, 'MIG-1', 'MIG-2', 'MIG-3', None]
+    assert pool.environment('MIG-2')['CUDA_VISIBLE_DEVICES'] == 'MIG-2'
+    assert set(os.listdir(gpus.locks)) == {f'fastgpu-{uuid}.lock' for uuid in pool.all_ids()}
+
+
+def test_an_instance_is_busy_by_itself(gpus, queue):
+    mig_box(gpus)
+    gpus.gpus[1]['mig'][0]['pids'] = [4121]
+    gpus.gpus[1]['mig'][2]['used'] = 2000
+    gpus.save()
+    pool = ResourcePoolGPU(queue.path)
+    assert [ident for ident in pool.all_ids() if pool.is_available(ident)] == [A, 'MIG-3']
+
+
+@pytest.mark.parametrize(('listed', 'ids'), [
+    ('1', ['MIG-1', 'MIG-2', 'MIG-3']), (B, ['MIG-1', 'MIG-2', 'MIG-3']), ('MIG-2', ['MIG-2']),
+    ('MIG-3,0', ['MIG-3', A]),
+])
+def test_cuda_visible_devices_names_instances(gpus, queue, monkeypatch, listed, ids):
+    mig_box(gpus)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+    assert ResourcePoolGPU(queue.path).all_ids() == ids
+
+
+def test_an_instance_of_an_old_driver_has_a_lock_file_too(gpus, queue):
+    gpus.set({'uuid': B, 'mig': [{'uuid': f'MIG-{B}/1/0'}]})
+    assert ResourcePoolGPU(queue.path).lock_next() == f'MIG-{B}/1/0'
+    assert f'fastgpu-MIG-{B}_1_0.lock' in os.listdir(gpus.locks)
+
+
+def test_old_names_of_instances_and_one_that_may_not_be_used(gpus, queue, monkeypatch):
+    gpus.set({'uuid': 'GPU-11111111-1', 'mig': [{'uuid': 'MIG-a'}, {'uuid': 'MIG-b', 'uuid-error': 4},
+                                                 {'uuid': 'MIG-c'}]})
+    assert ResourcePoolGPU(queue.path).all_ids() == ['MIG-a', 'MIG-c']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', 'MIG-GPU-11111111-1/3/0')
+    assert ResourcePoolGPU(queue.path).all_ids() == ['MIG-c']
+
+
+# --- GPUs: old drivers, and what comes and goes -----------------------------------------------------------------------
 
 @pytest.mark.parametrize('missing', [['nvmlDeviceGetMemoryInfo_v2'], ['nvmlDeviceGetComputeRunningProcesses_v3'],
                                      ['nvmlDeviceGetMemoryInfo_v2', 'nvmlDeviceGetComputeRunningProcesses_v3',
@@ -3464,6 +2986,12 @@ def test_drivers_without_the_newer_functions_serve(gpus, queue, missing):
     pool = ResourcePoolGPU(queue.path)
     assert pool.lock_next() == 1
     assert 'pid 4121' in pool.reasons[0]
+
+
+def test_what_an_old_driver_does_not_know_is_no_reason(gpus, pool):
+    gpus.save(missing=['nvmlDeviceGetGraphicsRunningProcesses_v3', 'nvmlDeviceGetComputeMode',
+                       'nvmlDeviceGetFieldValues', 'nvmlDeviceGetNumaNodeId'])
+    assert pool.is_available(0)
 
 
 def test_a_driver_without_any_list_of_processes_is_unusable(gpus, queue):
@@ -3480,6 +3008,18 @@ def test_where_processes_are_not_told_memory_decides_with_one_warning(gpus, queu
     pool = ResourcePoolGPU(queue.path)
     assert pool.lock_next() == 1
     assert capsys.readouterr().err.count('does not tell its processes') == 1
+
+
+def test_the_warning_of_the_old_package_pynvml_does_not_reach_the_user(gpus, queue, tmp_path):
+    site = tmp_path / 'old'
+    site.mkdir()
+    real = importlib.util.find_spec('pynvml').origin
+    (site / 'pynvml.py').write_text('import warnings; warnings.warn("deprecated", FutureWarning)\n'
+                                    + Path(real).read_text())
+    environment = {**os.environ, 'PYTHONPATH': f'{site}:{os.environ["PYTHONPATH"]}'}
+    environment.pop('PYTHONWARNINGS', None)
+    queue.add('a.sh')
+    assert 'deprecated' not in queue.poll('--exit', '1', env={**environment, 'PYTHONPATH': str(site)})[1]
 
 
 @pytest.mark.parametrize(('gone', 'words'), [(1, 'Uninitialized'), (9, 'Driver Not Loaded'),
@@ -3502,6 +3042,22 @@ def test_a_driver_that_goes_is_told_once_and_used_again_when_it_is_back(gpus, qu
     assert 'the NVIDIA driver is back\n' in poller.log()
 
 
+def test_a_driver_that_was_upgraded_under_a_poller_starts_nothing(gpus, queue, tmp_path, capsys):
+    pool = ResourcePoolGPU(queue.path)
+    library = tmp_path / 'libnvidia-ml.so.1'
+    library.write_bytes(b'x' * 4096)
+    with open(library, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        assert pool.is_available(0)
+        (tmp_path / 'new').write_bytes(b'y' * 4096)
+        os.rename(tmp_path / 'new', library)
+        assert not pool.is_available(0)
+        assert not pool.is_available(0)
+        library.unlink()
+        assert not pool.is_available(0)
+    assert capsys.readouterr().err.count(
+        'the NVIDIA driver was upgraded: reboot, or restart fastgpu_poll once nvidia-smi works\n') == 1
+
+
 def test_gpus_that_a_driver_came_back_with_under_other_numbers_go_by_uuid(gpus, queue):
     gpus.have(3)
     pool = ResourcePoolGPU(queue.path)
@@ -3512,6 +3068,18 @@ def test_gpus_that_a_driver_came_back_with_under_other_numbers_go_by_uuid(gpus, 
     assert pool.environment(ident)['CUDA_VISIBLE_DEVICES'] == gpus.gpus[0]['uuid']
 
 
+def test_a_gpu_that_fails_is_left_out_and_the_others_go_by_uuid(gpus, queue, capsys):
+    gpus.set({'uuid': A}, {'uuid': B, 'handle': 15}, {'uuid': C, 'migmode': 4})
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.all_ids() == [A]
+    err = capsys.readouterr().err
+    assert 'gpu 1 unusable: GPU is lost\n' in err
+    assert 'gpu 2 unusable: Insufficient Permissions\n' in err
+    gpus.set({'uuid': A, 'handle': 15})
+    with pytest.raises(FastgpuError, match='no GPU is usable: gpu 0: GPU is lost'):
+        ResourcePoolGPU(queue.path)
+
+
 def test_a_gpu_that_is_lost_later_is_unusable_while_the_others_go_on(gpus, queue):
     pool = ResourcePoolGPU(queue.path)
     gpus.gpus[0]['uuid'] = 'GPU-another'
@@ -3520,26 +3088,28 @@ def test_a_gpu_that_is_lost_later_is_unusable_while_the_others_go_on(gpus, queue
     assert pool.reasons[0] == 'unusable: Not Found'
 
 
+def test_when_a_gpu_is_lost_scripts_get_uuids(gpus, queue):
+    gpus.have(2)
+    pool = ResourcePoolGPU(queue.path)
+    assert pool.environment(1)['CUDA_VISIBLE_DEVICES'] == '1'
+    gpus.change(0, memory=15)
+    assert not pool.is_available(0)
+    assert pool.environment(1)['CUDA_VISIBLE_DEVICES'] == gpus.gpus[1]['uuid']
+    assert pool.label(1) == '1'
+
+
+def test_a_lost_gpu_does_not_cost_another_whose_uuid_is_not_found_because_of_it(gpus, queue):
+    gpus.have(2)
+    pool = ResourcePoolGPU(queue.path)
+    gpus.change(1, **{'by-uuid': True})
+    gpus.save(**{'by-uuid': 15})  # GPU_IS_LOST, "if any GPU has fallen off the bus"
+    assert pool.is_available(1)
+    gpus.gpus[0], gpus.gpus[1] = gpus.gpus[1], gpus.gpus[0]  # another one has its number now
+    gpus.save(**{'by-uuid': 15})
+    assert not pool.is_available(1)
+
+
 # --- GPUs: the kinds of 2026, as their drivers' documentation and users' notes describe them --------------------------
-
-NOT_SUPPORTED = 3
-
-
-@pytest.fixture
-def mps(tmp_path):
-    """The pid of a process with the name of the server of MPS."""
-    shutil.copy(shutil.which('sleep'), tmp_path / 'nvidia-cuda-mps-server')
-    process = subprocess.Popen([tmp_path / 'nvidia-cuda-mps-server', '100'])
-    yield process.pid
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture
-def pool(gpus, queue):
-    gpus.have(1)
-    return ResourcePoolGPU(queue.path)
-
 
 def test_what_is_a_graphics_process_too_counts_by_its_memory_alone(gpus, pool):
     gpus.change(0, pids=[7, 8], graphics=[7, 8, 9], used=1000)  # kwin_wayland, nautilus; Xorg is in one list only
@@ -3610,13 +3180,6 @@ def test_the_memory_of_a_numa_node_counts_by_its_processes(gpus, pool):
     assert not pool.is_available(0)
 
 
-@pytest.mark.parametrize('uuid', ['GPU-12345678-1234-1234-1234-123456789abc', '12345678-1234-1234-1234-123456789abc'])
-def test_a_uuid_may_lack_its_first_letters(gpus, queue, monkeypatch, uuid):
-    gpus.set({'uuid': uuid})
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', uuid[:10])
-    assert ResourcePoolGPU(queue.path).all_ids() == [uuid]
-
-
 def test_a_gpu_in_prohibited_mode_is_not_used_and_exclusive_mode_is_warned_of_without_mps(gpus, queue, capsys, mps):
     gpus.have(1)
     pool = ResourcePoolGPU(queue.path, per_gpu=2)
@@ -3640,304 +3203,77 @@ def test_a_gpu_that_needs_a_reset_is_unusable(gpus, pool, action, words):
     assert pool.reasons[0] == (f'unusable: it needs a {words}' if words else '')
 
 
-def test_what_an_old_driver_does_not_know_is_no_reason(gpus, pool):
-    gpus.save(missing=['nvmlDeviceGetGraphicsRunningProcesses_v3', 'nvmlDeviceGetComputeMode',
-                       'nvmlDeviceGetFieldValues', 'nvmlDeviceGetNumaNodeId'])
-    assert pool.is_available(0)
+# --- GPUs: when the driver is asked -----------------------------------------------------------------------------------
 
-
-def test_a_lost_gpu_does_not_cost_another_whose_uuid_is_not_found_because_of_it(gpus, queue):
-    gpus.have(2)
-    pool = ResourcePoolGPU(queue.path)
-    gpus.change(1, **{'by-uuid': True})
-    gpus.save(**{'by-uuid': 15})  # GPU_IS_LOST, "if any GPU has fallen off the bus"
-    assert pool.is_available(1)
-    gpus.gpus[0], gpus.gpus[1] = gpus.gpus[1], gpus.gpus[0]  # another one has its number now
-    gpus.save(**{'by-uuid': 15})
-    assert not pool.is_available(1)
-
-
-def test_when_a_gpu_is_lost_scripts_get_uuids(gpus, queue):
-    gpus.have(2)
-    pool = ResourcePoolGPU(queue.path)
-    assert pool.environment(1)['CUDA_VISIBLE_DEVICES'] == '1'
-    gpus.change(0, memory=15)
-    assert not pool.is_available(0)
-    assert pool.environment(1)['CUDA_VISIBLE_DEVICES'] == gpus.gpus[1]['uuid']
-    assert pool.label(1) == '1'
-
-
-def test_a_driver_that_was_upgraded_under_a_poller_starts_nothing(gpus, queue, tmp_path, capsys):
-    pool = ResourcePoolGPU(queue.path)
-    library = tmp_path / 'libnvidia-ml.so.1'
-    library.write_bytes(b'x' * 4096)
-    with open(library, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
-        assert pool.is_available(0)
-        (tmp_path / 'new').write_bytes(b'y' * 4096)
-        os.rename(tmp_path / 'new', library)
-        assert not pool.is_available(0)
-        assert not pool.is_available(0)
-        library.unlink()
-        assert not pool.is_available(0)
-    assert capsys.readouterr().err.count(
-        'the NVIDIA driver was upgraded: reboot, or restart fastgpu_poll once nvidia-smi works\n') == 1
-
-
-
-def test_a_gpu_on_which_three_scripts_in_a_row_fail_at_once_rests_and_its_neighbour_works(gpus, queue):
-    for name in '1234567':
-        queue.add(name, '[ $FASTGPU_ID = 1 ] && sleep 0.1 || exit 3')
-    log = queue.poll('--exit', '1')[1]
-    assert len(queue.names('fail')) == 3
-    assert len(queue.names('complete')) == 4
-    names = ', '.join(sorted(queue.names('fail'), key=lambda name: queue.record(name)['finished']))
-    assert re.search(f'gpu 0 rests until ..:..:..: {names} failed in a row, each within 10 s \\(their .stderr in', log)
-
-
-def test_a_rest_is_seen_by_others_gets_longer_and_ends_with_a_script_that_works(gpus, queue, monkeypatch):
-    gpus.have(1)
-    now = [1000.0]
-    monkeypatch.setattr(fastgpu.time, 'monotonic', lambda: now[0])
-    pool, other = ResourcePoolGPU(queue.path), ResourcePoolGPU(queue.path)
-    for name in 'ab':
-        pool.note_end([0], name, True, False)
-    pool.note_end([0], 'c', False, False)
-    for name in 'def':
-        assert pool.is_available(0)
-        pool.note_end([0], name, True, False)
-    assert not pool.is_available(0)
-    assert not other.is_available(0)
-    assert re.fullmatch('busy: rests until .*: d, e, f failed in a row, each within 10 s', other.reasons[0])
-    assert ': d, e, f failed in a row' in status(queue)[1]
-    assert ResourcePoolGPU(queue.path.parent).is_available(0)  # a broken batch is no reason for other queues
-    lengths = []
-    for name in 'ghijklmn':
-        began = now[0]
-        while not pool.is_available(0):
-            now[0] += 1
-        lengths.append(now[0] - began)
-        pool.note_end([0], name, True, False)
-    assert lengths == [60, 120, 240, 480, 960, 1920, 3600, 3600]
-    now[0] += 3600
-    assert pool.is_available(0)
-    pool.note_end([0], 'o', False, False)
-    pool.note_end([0], 'p', True, False)
-    assert pool.is_available(0)
-    several = ResourcePoolGPU(queue.path.parent, per_gpu=4)
-    for name in 'abcdefgh':  # two batches of four at once
-        several.note_end([several.all_ids()['abcdefgh'.index(name) % 4]], name, True, False)
-        if name == 'd':
-            now[0] += 61
-            assert several.is_available(0)
-    now[0] += 119
-    assert not several.is_available(0)
-    now[0] += 2
-    assert several.is_available(0)
-
-
-def test_slots_do_not_rest(queue):
-    for name in '123456':
-        queue.add(name, 'exit 3')
-    assert 'rests' not in queue.poll('--workers', '1')[1]
-
-
-def test_old_names_of_instances_and_one_that_may_not_be_used(gpus, queue, monkeypatch):
-    gpus.set({'uuid': 'GPU-11111111-1', 'mig': [{'uuid': 'MIG-a'}, {'uuid': 'MIG-b', 'uuid-error': 4},
-                                                 {'uuid': 'MIG-c'}]})
-    assert ResourcePoolGPU(queue.path).all_ids() == ['MIG-a', 'MIG-c']
-    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', 'MIG-GPU-11111111-1/3/0')
-    assert ResourcePoolGPU(queue.path).all_ids() == ['MIG-c']
-
-
-def test_the_memory_of_a_script_that_just_ended_is_no_news(gpus, queue):
-    gpus.have(1)
-    for name in 'ab':
-        queue.add(name, queue.gate(name))
-    poller = queue.start('--exit', '1')
-    queue.pid('a')
-    gpus.change(0, used=52000)  # what is still held when a killed one is gone
-    queue.open_gate('a')
-    until(lambda: queue.names('complete') == ['a'])
-    asked = len(gpus.calls('memory'))
-    until(lambda: len(gpus.calls('memory')) > asked + 1)
-    assert 'busy' not in poller.log()
-    until(lambda: 'gpu 0 busy: 50.8 GiB used by no compute process' in poller.log())
-    gpus.change(0, used=500)
-    queue.open_gate('b')
-    assert poller.wait(30) == 0
-
-
-def test_a_signal_is_heeded_between_two_questions_to_a_driver_that_hangs(gpus, queue):
-    gpus.have(3)
-    for number in range(3):
-        gpus.change(number, delay=3)
-    queue.add('a.sh', '#SBATCH --gpus=3\n')
+def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
     poller = queue.start('--exit', '0')
-    until(lambda: gpus.calls('memory'))
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
+    queue.add('a.sh')
+    until(lambda: queue.names('complete') == ['a.sh'])
     assert len(gpus.calls('memory')) == 1
-    assert queue.names('to_run') == ['a.sh']
+    queue.let_look(poller)
+    assert len(gpus.calls('memory')) == 1
+    gpus.change(0, used=5000)
+    gpus.change(1, used=5000)
+    queue.add('b.sh')
+    until(lambda: len(gpus.calls('memory')) >= 7)
+    for gpu in gpus.gpus:
+        times = [seconds for uuid, seconds in gpus.calls('memory')[1:] if uuid == gpu['uuid']]
+        assert all(later - earlier >= 0.99 for earlier, later in zip(times, times[1:]))
+    assert poller.poll() is None
 
 
-def test_the_warning_of_the_old_package_pynvml_does_not_reach_the_user(gpus, queue, tmp_path):
-    site = tmp_path / 'old'
-    site.mkdir()
-    real = importlib.util.find_spec('pynvml').origin
-    (site / 'pynvml.py').write_text('import warnings; warnings.warn("deprecated", FutureWarning)\n'
-                                    + Path(real).read_text())
-    environment = {**os.environ, 'PYTHONPATH': f'{site}:{os.environ["PYTHONPATH"]}'}
-    environment.pop('PYTHONWARNINGS', None)
+def test_the_driver_is_asked_once_a_second_for_a_gpu_however_many_places_it_has(gpus, queue):
+    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
     queue.add('a.sh')
-    assert 'deprecated' not in queue.poll('--exit', '1', env={**environment, 'PYTHONPATH': str(site)})[1]
+    poller = queue.start('--exit', '0', '--per-gpu', '8')
+    until(lambda: len(gpus.calls('memory')) >= 3)
+    poller.kill()
+    times = [seconds for _, seconds in gpus.calls('memory')]
+    assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.9
 
 
-# --- GPUs: without nvidia-ml-py, through nvidia-smi -------------------------------------------------------------------
-
-FAKE_SMI = r"""#!/bin/sh
-# Answers `-q -x [-i UUID]` from the files attached and gpu.UUID, in the form of the real one.
-cd {path}
-[ -e broken ] && {{ cat broken; exit 9; }}
-[ "$3" = -i ] && [ ! -e "gpu.$4" ] && {{ echo "No devices were found"; exit 6; }}
-[ -e noise ] && cat noise
-echo '<?xml version="1.0" ?>'
-echo '<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">'
-echo "<nvidia_smi_log><driver_version>580.65</driver_version><attached_gpus>$(cat attached)</attached_gpus>"
-if [ "$3" = -i ]; then cat "gpu.$4"; else cat gpu.*; fi
-echo '</nvidia_smi_log>'
-"""
-SMI_GPU = """<gpu id="00000000:01:00.0"><product_name>NVIDIA H100</product_name>
-<mig_mode><current_mig>{mig}</current_mig><pending_mig>{mig}</pending_mig></mig_mode><uuid>{uuid}</uuid>
-<gpu_recovery_action>{action}</gpu_recovery_action><compute_mode>{mode}</compute_mode>
-<fb_memory_usage><total>{total}</total><reserved>551 MiB</reserved><used>{used}</used></fb_memory_usage>
-<processes>{processes}</processes></gpu>
-"""
-SMI_PROCESS = ('<process_info><gpu_instance_id>N/A</gpu_instance_id><pid>{}</pid><type>{}</type>'
-               '<process_name>python</process_name><used_memory>{}</used_memory></process_info>')
-
-
-class Smi:
-    """A box with nvidia-smi for two GPUs, and without nvidia-ml-py."""
-
-    def __init__(self, path):
-        self.path = path
-        self.attached(2)
-        for uuid in A, B:
-            self.gpu(uuid)
-
-    def gpu(self, uuid, *processes, mig='N/A', action='None', mode='Default', total='81559 MiB', used='3 MiB'):
-        """Make this the state of a GPU; a process is (pid, type, memory)."""
-        text = SMI_GPU.format(uuid=uuid, mig=mig, action=action, mode=mode, total=total, used=used,
-                              processes=''.join(SMI_PROCESS.format(*process) for process in processes))
-        (self.path / 'new').write_text(text)
-        os.rename(self.path / 'new', self.path / f'gpu.{uuid}')
-
-    def lose(self, uuid):
-        (self.path / f'gpu.{uuid}').unlink()
-
-    def attached(self, number):
-        (self.path / 'attached').write_text(str(number))
-
-
-@pytest.fixture
-def smi(tmp_path, monkeypatch):
-    path = tmp_path / 'smi'
-    (path / 'bin').mkdir(parents=True)
-    (path / 'bin' / 'nvidia-smi').write_text(FAKE_SMI.format(path=shlex.quote(str(path))))
-    (path / 'bin' / 'nvidia-smi').chmod(0o755)
-    (path / 'site').mkdir()
-    (path / 'site' / 'pynvml.py').write_text('raise ImportError')
-    monkeypatch.setenv('PATH', f'{path}/bin:{os.environ["PATH"]}')
-    monkeypatch.setenv('PYTHONPATH', str(path / 'site'))
-    monkeypatch.setenv('FASTGPU_LOCK_DIR', str(tmp_path))
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    return Smi(path)
-
-
-def test_one_gpu_that_nvidia_smi_cannot_reach_is_unusable_and_the_driver_not_gone(smi, queue):
-    smi.gpu(B, (4121, 'C', '300 MiB'))
-    queue.add('a.sh', SEES)
-    poller = queue.start('--exit', '0')
-    until(lambda: 'gpu 0: start a.sh' in poller.log())
-    queue.add('b.sh', SEES)
-    smi.lose(A)
-    until(lambda: 'gpu 0 unusable: No devices were found\n' in poller.log() and 'gpu 1 busy' in poller.log())
-    smi.gpu(B)
-    until(lambda: 'b.sh' in queue.names('complete'))
-    assert 'driver is' not in poller.log()
-    assert queue.out('b.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'  # CUDA counts those that are left anew
-
-
-def test_a_gpu_that_nvidia_smi_cannot_list_costs_the_others_nothing_but_their_numbers(smi, queue):
-    smi.lose(A)
-    (smi.path / 'noise').write_text('Unable to determine the device handle for GPU0: 0000:01:00.0: Unknown Error\n')
-    queue.add('a.sh', SEES)
-    status, log = queue.poll('--exit', '1')
-    assert status == 0
-    assert 'gpu 1 unusable: nvidia-smi cannot reach it\n' in log
-    assert queue.out('a.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'
-
-
-@pytest.mark.parametrize('text', ['No devices were found', '<nvidia_smi_log>', ''])
-def test_what_nvidia_smi_should_not_say_is_one_line(smi, queue, text):
-    (smi.path / 'bin' / 'nvidia-smi').write_text(f'#!/bin/sh\nprintf %s {shlex.quote(text)}\n')
-    status, log = queue.poll('--exit', '1')
-    assert status == 2
-    text = text or 'nvidia-smi: status 0'
-    assert log.endswith(f'no NVIDIA driver found ({text}); use --workers N to run without GPUs\n')
-    assert log.count('\n') == 2
-
-
-def test_nvidia_smi_serves_and_is_said_to_once(smi, queue):
-    for name in 'ab':
-        queue.add(name, SEES)
-    status, log = queue.poll('--exit', '1')
-    assert status == 0
-    assert log.count('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py\n') == 1
-    assert queue.out('a.stdout') == '0 0 PCI_BUS_ID\n'
-
-
-def test_nvidia_smi_has_the_same_rule_and_the_same_messages(smi, queue):
-    smi.gpu(A, (2**22 + 1, 'C', '300 MiB'), used='23654 MiB')
-    smi.gpu(B, action='Reset')
-    queue.add('a.sh')
+def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
+    gpus.have(1)
+    for n in range(8):
+        queue.add(f'{n}.sh', 'sleep 0.1')
     poller = queue.start('--exit', '1')
-    until(lambda: f'gpu 0 busy: 23.1 GiB used by pid {2**22 + 1}\n' in poller.log())
-    until(lambda: 'gpu 1 unusable: it needs a reset\n' in poller.log())
-    smi.gpu(B, mode='Prohibited')
-    until(lambda: 'gpu 1 unusable: its compute mode is Prohibited' in poller.log())
-    smi.gpu(B, used='1025 MiB')
-    until(lambda: 'gpu 1 busy: 1.0 GiB used by no compute process; free is up to 1.0 GiB\n' in poller.log())
-    smi.gpu(B, (2**22 + 2, 'C', '[N/A]'), used='N/A', total='N/A')
-    until(lambda: f'gpu 1 busy: 0 MiB used by pid {2**22 + 2}\n' in poller.log())
-    (smi.path / 'broken').write_text('NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver.\n')
-    until(lambda: 'the NVIDIA driver is gone (NVIDIA-SMI has failed' in poller.log())
-    (smi.path / 'broken').unlink()
-    until(lambda: 'the NVIDIA driver is back' in poller.log())
-    smi.gpu(B, (2**22 + 2, 'C+G', '900 MiB'), (2**22 + 3, 'G', '2 MiB'), used='1000 MiB')  # a desktop
     assert poller.wait(30) == 0
+    runs = [queue.record(f'{n}.sh') for n in range(8)]
+    gaps = sorted(after['started'] - before['finished'] for before, after in zip(runs, runs[1:]))
+    assert gaps[4] < 1  # the median: no wait for the next second
 
 
-def test_a_gpu_in_mig_mode_is_not_used_through_nvidia_smi(smi, queue):
-    smi.gpu(A, mig='Enabled')
-    queue.add('a.sh', SEES)
-    status, log = queue.poll('--exit', '1')
-    assert status == 0
-    assert 'gpu 0 unusable: is in MIG mode, for which this needs nvidia-ml-py' in log
-    assert queue.out('a.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'
+def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gpus, queue):
+    gpus.have(3)
+    gpus.change(2, pids=[4121])
+    pool = ResourcePoolGPU(queue.path)
+    queue.add('a.sh', queue.gate())
+    assert pool.run('a.sh', 0)
+    assert pool.claims.take_some(2, 'big') == []  # 1 is free, 2 is not: both are not asked again for a second
+    queue.open_gate()
+    until(pool.poller.runs.release)
+    assert pool.claims.take_some(2, 'big') == [0, 1]
 
 
-def test_without_both_one_line_tells_both_remedies(smi, queue, monkeypatch):
-    (smi.path / 'bin' / 'nvidia-smi').unlink()
-    if shutil.which('nvidia-smi'):
-        pytest.skip('a real nvidia-smi is here')
-    status, log = queue.poll('--exit', '1')
-    assert status == 2
-    assert log == ('fastgpu_poll: no NVIDIA driver found: install the driver, which brings '
-                   'nvidia-smi, or if it is here pip install nvidia-ml-py; use --workers N to run without GPUs\n')
+def test_a_slow_driver_delays_the_notice_of_an_end_by_one_call_at_most(gpus, queue):
+    gpus.have(4)
+    for n in range(1, 4):
+        gpus.gpus[n].update(delay=0.3, pids=[1])
+    gpus.save()
+    queue.add('a.sh', queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--exit', '1')
+    until(lambda: len(gpus.calls('processes')) > 2)
+    queue.open_gate()
+    until(lambda: queue.names('complete'))
+    ended = (queue.path / 'out' / 'a.sh.exitcode').stat().st_mtime
+    noticed = (queue.path / 'complete').stat().st_mtime
+    calls = [at + time.time() - time.monotonic() for name in ('memory', 'processes') for _, at in gpus.calls(name)]
+    assert len([at for at in calls if ended < at < noticed]) <= 1
+    assert poller.wait(60) == 0
 
 
-# --- GPUs: several per script -----------------------------------------------------------------------------------------
+# --- GPUs: several per script, and several scripts per GPU ------------------------------------------------------------
 
 @pytest.mark.parametrize(('head', 'number'), [
     ('#SBATCH --gpus=2', 2), ('#SBATCH --gpus 2', 2), ('#SBATCH -G 3', 3), ('#SBATCH -G3', 3),
@@ -3974,55 +3310,6 @@ def test_a_script_gets_all_the_gpus_it_asks_for_or_waits_and_so_do_those_behind(
     assert ' gpu 0,1,2: start 2\n' in poller.log()
 
 
-def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gpus, queue):
-    gpus.have(3)
-    gpus.change(2, pids=[4121])
-    pool = ResourcePoolGPU(queue.path)
-    queue.add('a.sh', queue.gate())
-    assert pool.run('a.sh', 0)
-    assert pool.claims.take_some(2, 'big') == []  # 1 is free, 2 is not: both are not asked again for a second
-    queue.open_gate()
-    until(pool.poller.runs.release)
-    assert pool.claims.take_some(2, 'big') == [0, 1]
-
-
-def test_pollers_that_want_all_gpus_get_them_however_slow_the_driver_is(gpus, tmp_path):
-    for gpu in gpus.gpus:
-        gpu['delay'] = 0.2
-    gpus.save()
-    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
-    for queue in queues:
-        queue.add('a', '#SBATCH --gpus=2')
-    pollers = [queue.start('--exit', '1') for queue in queues]
-    assert [poller.wait(30) for poller in pollers] == [0, 0]
-
-
-def test_more_gpus_than_there_are_fails_at_once_and_says_so(gpus, queue):
-    queue.add('a.sh', '#SBATCH -G 5')
-    queue.add('b.sh', '#SBATCH -G two')
-    queue.add('c.sh', '#SBATCH -G ' + 5000 * '9')
-    queue.add('d.sh')
-    status, log = queue.poll('--exit', '1')
-    assert status == 1
-    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'to_run', 'c.sh': 'to_run', 'd.sh': 'complete'}
-    assert queue.out('a.sh.stderr') == 'a.sh asks for 5 gpus, and there are 2\n'
-    assert queue.out('a.sh.exitcode') == '1'
-    assert 'a.sh asks for 5 gpus, and there are 2\n' in log
-    assert 'left in to_run: b.sh (its line "#SBATCH -G two" does not say how many GPUs)' in log
-
-
-def test_pollers_that_want_all_gpus_do_not_block_each_other(gpus, tmp_path):
-    queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
-    for queue in queues:
-        for n in range(6):
-            body = f'cd {shlex.quote(str(tmp_path))}; mkdir held || exit 1; sleep 0.02; rmdir held'
-            queue.add(f'{n}', f'#SBATCH --gpus=2\n{body}')
-    pollers = [queue.start('--exit', '1') for queue in queues]
-    assert [poller.wait(60) for poller in pollers] == [0, 0]
-
-
-# --- GPUs: several scripts per GPU ------------------------------------------------------------------------------------
-
 def test_per_gpu_runs_so_many_scripts_on_each_and_fills_the_gpus_first(gpus, queue):
     for name in 'abcde':
         queue.add(name, SEES + '; ' + queue.gate())
@@ -4051,89 +3338,95 @@ def test_a_further_script_needs_its_share_of_memory_and_the_first_a_free_gpu(gpu
     assert pool.lock_next() is None
 
 
-def test_pollers_with_another_number_per_gpu_exclude_each_other(gpus, tmp_path):
-    gpus.have(1)
-    gpus.change(0, total=10240)
-    one, two, four = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=n) for n in (1, 2, 4))
-    assert one.lock_next() == 0
-    assert (two.lock_next(), four.lock_next()) == (None, None)
-    one.unlock(0)
-    assert two.lock_next() == 0
-    assert one.lock_next() is None
-    assert re.fullmatch(rf'busy: a lock of yours \(pid {os.getpid()}, .*\)', one.reasons[0])
-    gpus.change(0, used=7000)
-    assert two.lock_next() is None
-    assert four.lock_next() == '0.1'
-    two.unlock(0)
-    four.unlock('0.1')
-    assert four.lock_next() is None  # the first one again, and 7000 MiB are in use
-    gpus.change(0, used=0)
-    assert one.lock_next() == 0
-
-
-def test_the_driver_is_asked_once_a_second_for_a_gpu_however_many_places_it_has(gpus, queue):
-    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
-    queue.add('a.sh')
-    poller = queue.start('--exit', '0', '--per-gpu', '8')
-    until(lambda: len(gpus.calls('memory')) >= 3)
-    poller.kill()
-    times = [seconds for _, seconds in gpus.calls('memory')]
-    assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.9
-
-
-def test_run_refuses_a_gpu_that_another_poller_asks_for(gpus, queue):
-    queue.add('a.sh')
-    pool = ResourcePoolGPU(queue.path)
-    place = pool.place(0)
-    asking = fastgpu.open_lock(place.path)
-    assert place.asking.lock(asking)
-    with pytest.raises(FastgpuError, match='gpu 0 busy'):
-        pool.run('a.sh', 0)
-    os.close(asking)
-    assert pool.run('a.sh', 0)
-
-
-def test_who_only_asks_does_not_make_a_busy_gpu_seem_shared(gpus, tmp_path):
-    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
-    class Asking(ResourcePoolGPU):
-        def is_available(self, ident):
-            return while_asked.append(other.lock_next())
-
-    asking, other = (kind(tmp_path / f'q{n}', per_gpu=2) for n, kind in enumerate((Asking, ResourcePoolGPU)))
-    while_asked = []
-    assert asking.lock_next() is None
-    assert while_asked == [None]
-
-
-def test_no_query_can_make_a_gpu_without_scripts_seem_shared(gpus, tmp_path):
-    gpus.set({'uuid': A, 'total': 10240})
-    class Asking(ResourcePoolGPU):
-        def is_available(self, ident):  # meanwhile the script ends and somebody else comes
-            first.unlock(0)
-            gpus.change(0, used=3000, pids=[4121])
-            got.append(late.lock_next())
-
-    first, late = (ResourcePoolGPU(tmp_path / f'q{n}', per_gpu=3) for n in range(2))
-    assert first.lock_next() == 0
-    got = []
-    assert Asking(tmp_path / 'q', per_gpu=3).lock_next() is None
-    assert {*got, late.lock_next()} == {None}
-
-
-def test_status_sees_a_further_place_on_a_gpu_as_a_poller_does(gpus, queue):
-    gpus.set({'uuid': A, 'total': 10240})
-    first = ResourcePoolGPU(queue.path, per_gpu=2)
-    assert first.lock_next() == 0
-    gpus.change(0, used=3000, pids=[4121])
-    as_json, _ = status(queue, '--per-gpu', '2')
-    assert [row['state'] for row in as_json['resources']] == ['busy', 'free']
-    assert first.lock_next() == '0.1'
-
-
 def test_a_script_with_several_gpus_gets_places_on_several(gpus, queue):
     queue.add('a.sh', f'#SBATCH --gpus=2\n{SEES}')
     assert queue.poll('--per-gpu', '3')[0] == 0
     assert queue.out('a.sh.stdout') == '0,1 0,1 PCI_BUS_ID\n'
+
+
+# --- GPUs: without nvidia-ml-py, through nvidia-smi -------------------------------------------------------------------
+
+def test_nvidia_smi_serves_and_is_said_to_once(smi, queue):
+    for name in 'ab':
+        queue.add(name, SEES)
+    status, log = queue.poll('--exit', '1')
+    assert status == 0
+    assert log.count('asking nvidia-smi, which is slower and knows no MIG: pip install nvidia-ml-py\n') == 1
+    assert queue.out('a.stdout') == '0 0 PCI_BUS_ID\n'
+
+
+def test_nvidia_smi_has_the_same_rule_and_the_same_messages(smi, queue):
+    smi.gpu(A, (2**22 + 1, 'C', '300 MiB'), used='23654 MiB')
+    smi.gpu(B, action='Reset')
+    queue.add('a.sh')
+    poller = queue.start('--exit', '1')
+    until(lambda: f'gpu 0 busy: 23.1 GiB used by pid {2**22 + 1}\n' in poller.log())
+    until(lambda: 'gpu 1 unusable: it needs a reset\n' in poller.log())
+    smi.gpu(B, mode='Prohibited')
+    until(lambda: 'gpu 1 unusable: its compute mode is Prohibited' in poller.log())
+    smi.gpu(B, used='1025 MiB')
+    until(lambda: 'gpu 1 busy: 1.0 GiB used by no compute process; free is up to 1.0 GiB\n' in poller.log())
+    smi.gpu(B, (2**22 + 2, 'C', '[N/A]'), used='N/A', total='N/A')
+    until(lambda: f'gpu 1 busy: 0 MiB used by pid {2**22 + 2}\n' in poller.log())
+    (smi.path / 'broken').write_text('NVIDIA-SMI has failed because it couldn\'t communicate with the NVIDIA driver.\n')
+    until(lambda: 'the NVIDIA driver is gone (NVIDIA-SMI has failed' in poller.log())
+    (smi.path / 'broken').unlink()
+    until(lambda: 'the NVIDIA driver is back' in poller.log())
+    smi.gpu(B, (2**22 + 2, 'C+G', '900 MiB'), (2**22 + 3, 'G', '2 MiB'), used='1000 MiB')  # a desktop
+    assert poller.wait(30) == 0
+
+
+def test_one_gpu_that_nvidia_smi_cannot_reach_is_unusable_and_the_driver_not_gone(smi, queue):
+    smi.gpu(B, (4121, 'C', '300 MiB'))
+    queue.add('a.sh', SEES)
+    poller = queue.start('--exit', '0')
+    until(lambda: 'gpu 0: start a.sh' in poller.log())
+    queue.add('b.sh', SEES)
+    smi.lose(A)
+    until(lambda: 'gpu 0 unusable: No devices were found\n' in poller.log() and 'gpu 1 busy' in poller.log())
+    smi.gpu(B)
+    until(lambda: 'b.sh' in queue.names('complete'))
+    assert 'driver is' not in poller.log()
+    assert queue.out('b.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'  # CUDA counts those that are left anew
+
+
+def test_a_gpu_that_nvidia_smi_cannot_list_costs_the_others_nothing_but_their_numbers(smi, queue):
+    smi.lose(A)
+    (smi.path / 'noise').write_text('Unable to determine the device handle for GPU0: 0000:01:00.0: Unknown Error\n')
+    queue.add('a.sh', SEES)
+    status, log = queue.poll('--exit', '1')
+    assert status == 0
+    assert 'gpu 1 unusable: nvidia-smi cannot reach it\n' in log
+    assert queue.out('a.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'
+
+
+def test_a_gpu_in_mig_mode_is_not_used_through_nvidia_smi(smi, queue):
+    smi.gpu(A, mig='Enabled')
+    queue.add('a.sh', SEES)
+    status, log = queue.poll('--exit', '1')
+    assert status == 0
+    assert 'gpu 0 unusable: is in MIG mode, for which this needs nvidia-ml-py' in log
+    assert queue.out('a.sh.stdout') == f'{B} {B} PCI_BUS_ID\n'
+
+
+@pytest.mark.parametrize('text', ['No devices were found', '<nvidia_smi_log>', ''])
+def test_what_nvidia_smi_should_not_say_is_one_line(smi, queue, text):
+    (smi.path / 'bin' / 'nvidia-smi').write_text(f'#!/bin/sh\nprintf %s {shlex.quote(text)}\n')
+    status, log = queue.poll('--exit', '1')
+    assert status == 2
+    text = text or 'nvidia-smi: status 0'
+    assert log.endswith(f'no NVIDIA driver found ({text}); use --workers N to run without GPUs\n')
+    assert log.count('\n') == 2
+
+
+def test_without_both_one_line_tells_both_remedies(smi, queue, monkeypatch):
+    (smi.path / 'bin' / 'nvidia-smi').unlink()
+    if shutil.which('nvidia-smi'):
+        pytest.skip('a real nvidia-smi is here')
+    status, log = queue.poll('--exit', '1')
+    assert status == 2
+    assert log == ('fastgpu_poll: no NVIDIA driver found: install the driver, which brings '
+                   'nvidia-smi, or if it is here pip install nvidia-ml-py; use --workers N to run without GPUs\n')
 
 
 # --- GPUs: a real one -------------------------------------------------------------------------------------------------
@@ -4190,7 +3483,611 @@ def test_a_real_gpu_is_busy_while_a_cuda_job_is_on_it_and_free_right_after(queue
     assert queue.record('a.py')['ids'] == [ident]
 
 
-# --- Status: log, progress, status ------------------------------------------------------------------------------------
+# --- API: a pool in one's own Python ----------------------------------------------------------------------------------
+
+def test_lock_and_find_next(wp):
+    wp.unlock(0)
+    assert wp.find_next() == 0
+    assert wp.lock(0)
+    assert wp.find_next() == 1
+    assert wp.lock_next() == 1
+    assert wp.find_next() == 2
+    assert not wp.is_available(0)
+    wp.unlock(0)
+    assert wp.find_next() == 0
+    assert not wp.lock(1)
+
+
+def test_lock_next_with_all_locked(wp):
+    assert [wp.lock_next() for _ in range(5)] == [0, 1, 2, 3, None]
+    assert wp.find_next() is None
+
+
+def test_poll_scripts_runs_links_and_leaves_folders(tmp_path):
+    for name, body in ('script_succ.sh', 'echo $FASTGPU_ID'), ('script_fail.sh', 'exit 1'):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    pool = FixedWorkerPool([0], tmp_path / 'q')
+    for name in 'script_succ.sh', 'script_fail.sh':
+        (tmp_path / 'q' / 'to_run' / name).symlink_to(f'../../{name}')
+    (tmp_path / 'q' / 'to_run' / 'folder').mkdir()
+    assert pool.poll_scripts() == 1
+    out = tmp_path / 'q' / 'out'
+    assert (out / 'script_fail.sh.exitcode').read_text() == '1'
+    assert (out / 'script_succ.sh.exitcode').read_text() == '0'
+    assert (out / 'script_succ.sh.stdout').read_text() == '0\n'
+    assert (tmp_path / 'q' / 'fail' / 'script_fail.sh').is_symlink()
+    assert (tmp_path / 'q' / 'complete' / 'script_succ.sh').is_symlink()
+    assert os.listdir(tmp_path / 'q' / 'to_run') == ['folder']
+    assert (pool.completed, pool.failed) == (['script_succ.sh'], ['script_fail.sh'])
+
+
+def test_each_poll_counts_for_itself(wp, capsys):
+    queue = Queue(wp.path)
+    for code, counts in (1, '0 complete, 1 fail'), (0, '1 complete, 0 fail'):
+        queue.add(f'{code}.sh', f'exit {code}')
+        assert wp.poll_scripts() == code
+        assert counts in capsys.readouterr().err
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    code = ('import os, signal, sys, threading; before = dict(os.environ), signal.getsignal(signal.SIGINT); '
+            'import fastgpu; assert before == (dict(os.environ), signal.getsignal(signal.SIGINT)); '
+            'assert threading.active_count() == 1; assert "pynvml" not in sys.modules')
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True,
+                   env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_pool_of_ones_own(tmp_path):
+    class Ports(ResourcePoolBase):
+        def all_ids(self):
+            return [8000, 8001, 8002]
+
+        def is_available(self, ident):
+            return super().is_available(ident) and ident != 8001
+
+        def environment(self, ident):
+            return {**super().environment(ident), 'PORT': str(ident)}
+
+    queue = Queue(tmp_path / 'q')
+    for name in 'ab':
+        queue.add(name, queue.gate() + 'echo $PORT $FASTGPU_ID')
+    pool = Ports(queue.path)
+    for name in 'ab':
+        assert pool.run(queue.path / 'to_run' / name, pool.lock_next())
+    assert pool.lock_next() is None
+    queue.open_gate()
+    assert pool.poll_scripts() == 0
+    assert queue.out('a.stdout') + queue.out('b.stdout') == '8000 8000\n8002 8002\n'
+
+
+def test_run_locks_what_is_not_locked_and_tells_of_a_script_that_is_gone(wp):
+    queue = Queue(wp.path)
+    queue.add('a.sh')
+    assert wp.run(queue.path / 'to_run' / 'a.sh', 2)
+    assert not wp.run(queue.path / 'to_run' / 'a.sh', 3)
+    assert wp.is_available(3)
+    assert wp.poll_scripts() == 0
+    assert queue.record('a.sh')['ids'] == [2]
+
+
+def test_a_pool_keeps_what_its_user_had_locked_before_it_polled(queue):
+    queue.add('a.sh')
+    pool = FixedWorkerPool([0, 1], queue.path)
+    assert pool.lock(0)
+    assert pool.poll_scripts() == 0
+    assert queue.record('a.sh')['ids'] == [1]
+    assert (list(pool.claims.locks), FixedWorkerPool([0], queue.path).lock_next()) == ([0], None)
+
+
+def test_children_that_nobody_may_wait_for_are_no_success(queue):
+    api = ('import fastgpu, signal, sys\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n'
+           'sys.exit(fastgpu.FixedWorkerPool([0], ".").poll_scripts())')
+    queue.add('a.sh', 'exit 3')
+    queue.add('b.sh')
+    run = subprocess.run([sys.executable, '-c', api], cwd=queue.path, capture_output=True, text=True,
+                         env={**os.environ, 'PYTHONPATH': str(MODULE.parent)}, timeout=60)
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'complete'}, run.stderr
+    assert run.returncode == 1
+
+
+# --- Stopping in order ------------------------------------------------------------------------------------------------
+
+def test_ctrl_c_lets_what_runs_finish_and_starts_nothing(queue):
+    queue.add('a.sh', 'echo ready; ' + queue.gate())
+    queue.add('b.sh')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signal.SIGINT)
+    until(lambda: 'interrupted: waiting for 1 script; Ctrl-C again stops them' in poller.log())
+    queue.open_gate()
+    assert poller.wait(30) == 130
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+    assert poller.log().count('interrupted') == 1
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_ctrl_c_in_the_api_drains_and_stops_as_in_the_command(queue, times):
+    queue.add('a.sh', queue.gate() if times == 1 else f'cd {queue.q}; [ -e ran ] || {{ touch ran; sleep 100; }}')
+    queue.add('b.sh')
+    api = ('import fastgpu, signal\npool = fastgpu.FixedWorkerPool([0], ".")\nfirst = pool.poll_scripts()\n'
+           'print(first, signal.getsignal(signal.SIGINT) == signal.default_int_handler, pool.poll_scripts())')
+    with open(queue.path / 'api.log', 'w') as log:
+        poller = subprocess.Popen([sys.executable, '-c', api], cwd=queue.path, stdout=log, stderr=log,
+                                  env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
+    queue.pollers.append(poller)
+    queue.pid('a.sh')
+    text = (queue.path / 'api.log').read_text
+    poller.send_signal(signal.SIGINT)
+    until(lambda: 'interrupted: waiting for 1 script; Ctrl-C again stops them' in text())
+    if times == 2:
+        until(lambda: (queue.path / 'ran').exists())
+        poller.send_signal(signal.SIGINT)
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert text().endswith('130 True 0\n')
+    assert 'Traceback' not in text()
+    assert queue.all() == {'a.sh' if times == 1 else 'a-1.sh': 'complete', 'b.sh': 'complete'}
+
+
+def test_a_signal_with_nothing_running_ends_the_poller_without_ado(queue):
+    poller = queue.start('--workers', '1', '--exit', '0')
+    queue.let_look(poller)
+    poller.send_signal(signal.SIGINT)
+    assert poller.wait(30) == 130
+    assert poller.log().splitlines()[-1].endswith(f'nothing to run in {queue.path}/to_run')
+
+
+def test_a_signal_is_heeded_while_there_is_always_something_to_start(gpus, queue):
+    for gpu in gpus.gpus:
+        gpu['delay'] = 0.05
+    gpus.save()
+    for n in range(60):
+        queue.add(f'{n:02}')
+    poller = queue.start('--exit', '1')
+    until(lambda: queue.names('complete'))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert len(queue.names('to_run')) > 20
+
+
+def test_a_signal_is_heeded_between_two_questions_to_a_driver_that_hangs(gpus, queue):
+    gpus.have(3)
+    for number in range(3):
+        gpus.change(number, delay=3)
+    queue.add('a.sh', '#SBATCH --gpus=3\n')
+    poller = queue.start('--exit', '0')
+    until(lambda: gpus.calls('memory'))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert len(gpus.calls('memory')) == 1
+    assert queue.names('to_run') == ['a.sh']
+
+
+def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text("""
+import os
+listdir = os.listdir
+def fails(path='.'):
+    if str(path).endswith('running') and os.path.exists(os.path.join(path, 'a.sh')):
+        raise OSError(5, os.strerror(5), str(path))
+    return listdir(path)
+os.listdir = fails
+""")
+    queue.add('a.sh', 'exec sleep 1000')
+    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    until(lambda: 'cannot see the queue now' in poller.log())
+    poller.terminate()
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+@pytest.mark.parametrize(('signals', 'status'), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
+def test_stop_terminates_requeues_what_failed_and_files_what_ended_well(queue, signals, status):
+    queue.add('dies.sh', 'echo ready; sleep 1000')
+    queue.add('saves.sh', TRAP.format(0))
+    queue.add('fails.sh', TRAP.format(9))
+    queue.add('waits.sh')
+    poller = queue.start('--workers', '3')
+    until(lambda: all(queue.has_out(f'{name}.sh.stdout') for name in ('dies', 'saves', 'fails')))
+    for signum in signals:
+        poller.send_signal(signum)
+        until(lambda: 'interrupted' in poller.log() or 'stopping' in poller.log())
+    assert poller.wait(30) == status
+    assert 'stopping 3 scripts: TERM now, KILL in 10 s' in poller.log()
+    assert queue.all() == {'dies.sh': 'to_run', 'fails.sh': 'to_run', 'saves.sh': 'complete', 'waits.sh': 'to_run'}
+    assert queue.out('dies.sh.exitcode') == '143'
+    assert queue.out('saves.sh.stdout') == queue.out('fails.sh.stdout') == 'ready\nsaved\n'
+
+
+@pytest.mark.parametrize('first', ['script', 'poller'])
+def test_a_term_for_all_processes_at_once_puts_the_scripts_back_whoever_gets_it_first(queue, first):
+    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
+    group = queue.pid('a.sh')
+    if first == 'script':
+        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGCONT)
+        until(lambda: queue.has_out('a.sh.exitcode'))
+        poller.send_signal(signal.SIGTERM)
+    else:
+        poller.send_signal(signal.SIGSTOP)
+        poller.send_signal(signal.SIGTERM)
+        os.killpg(group, signal.SIGTERM)
+        os.killpg(group, signal.SIGCONT)
+        until(lambda: queue.has_out('a.sh.exitcode'))
+        poller.send_signal(signal.SIGCONT)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_a_term_for_all_puts_the_scripts_of_an_earlier_poller_back_too(queue):
+    queue.add('a.sh', 'echo; kill -STOP $$; ' + queue.gate())
+    first = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    group = queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'waiting for a.sh' in second.log())
+    os.killpg(group, signal.SIGTERM)
+    os.killpg(group, signal.SIGCONT)
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+def test_the_scripts_of_an_earlier_poller_that_run_on_are_named_when_one_is_stopped(queue):
+    queue.add('a.sh', queue.gate())
+    first = queue.start('--workers', '1')
+    queue.pid('a.sh')
+    first.kill()
+    first.wait()
+    second = queue.start('--workers', '1')
+    until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
+    second.terminate()
+    assert second.wait(30) == 143
+    assert 'still running, and the next fastgpu_poll files it: a.sh\n' in second.log()
+    assert 'nothing to run' not in second.log()
+    queue.open_gate()
+
+
+def test_stop_kills_what_ignores_term(queue, monkeypatch):
+    monkeypatch.setattr(fastgpu, 'GRACE', 0.2)
+    queue.add('a.sh', 'trap "" TERM; while :; do sleep 0.01; done')
+    pool = FixedWorkerPool([0], queue.path)
+    assert pool.run('a.sh', 0)
+    until(lambda: b'sleep' in subprocess.check_output(['ps', '-o', 'args=', '-g', str(queue.pid('a.sh'))]))
+    pool.interrupt(signal.SIGTERM)
+    assert pool.poll_scripts() == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert pool.find_next() == 0
+    assert not os.path.exists(f'/proc/{queue.record("a.sh")["pid"]}')
+
+
+def test_grandchildren_die_with_a_script_that_is_stopped(queue):
+    queue.add('a.sh', '(trap "" TERM; sh -c "echo \\$PPID"; while :; do sleep 0.01; done) & wait')
+    poller = queue.start('--workers', '1')
+    grandchild = int(until(lambda: queue.has_out('a.sh.stdout')))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+    until(lambda: not os.path.exists(f'/proc/{grandchild}'))
+
+
+def test_stopping_reaches_through_a_wrapper_that_makes_a_process_group_of_its_own(queue):
+    queue.add('a.sh', f'trap "echo saved; exit 0" TERM; echo start; {queue.gate()}')
+    queue.add('b.sh', f'trap "" TERM; echo $$; {queue.gate()}')
+    poller = queue.start('--workers', '2', '--wrapper', 'timeout 600')
+    until(lambda: queue.has_out('a.sh.stdout') and queue.has_out('b.sh.stdout'))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'to_run'}
+    assert set(queue.out('a.sh.stdout').split()) == {'start', 'saved'}  # more than once: timeout passes TERM on as well
+    until(lambda: not os.path.exists(f'/proc/{queue.out("b.sh.stdout").strip()}'))
+
+
+def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
+    queue.add('a.sh', 'trap "echo caught; sleep 0.5; exit 1" TERM; echo ready; while :; do sleep 0.01; done')
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.send_signal(signal.SIGTERM)
+    until(lambda: 'caught' in queue.out('a.sh.stdout'))
+    poller.kill()
+    poller.wait()
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    poller = queue.start('--workers', '1')
+    until(lambda: 'requeue a.sh (status 1' in poller.log())
+
+
+def test_what_cannot_be_filed_does_not_keep_the_poller_from_being_stopped(queue):
+    queue.add('a.sh', 'exit 3')
+    (queue.path / 'fail').rmdir()
+    (queue.path / 'fail').touch()
+    poller = queue.start('--workers', '1', command=(sys.executable, '-c', (
+        'import fastgpu, sys; fastgpu.check_usable = lambda *_: None\n'
+        'fastgpu.setup_dirs = lambda p: [fastgpu.Path(p) / n for n in "to_run running complete fail out".split()]\n'
+        'sys.exit(fastgpu.main())')), cwd=MODULE.parent)
+    until(lambda: 'cannot file a.sh now: ' in poller.log())
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(fastgpu.GRACE + 5) == 143  # not only when it gives up on what it killed
+    assert queue.names('running') == ['a.sh']
+    (queue.path / 'fail').unlink()
+    assert queue.poll()[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}  # it failed before it was stopped
+
+
+# --- Slurm: as its steps, and in its allocations ----------------------------------------------------------------------
+
+def has_slurm():
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(['sinfo', '-h'], capture_output=True, timeout=10).returncode == 0
+
+
+slurm = pytest.mark.skipif(not has_slurm(), reason='no Slurm answers here')
+NODES = ['srun', '--nodes=3', '--ntasks-per-node=1']
+STEP = 'srun --ntasks=1 --gpus=1'
+
+
+@slurm
+def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
+    for number in range(60):
+        queue.add(f'{number:02}.sh', f'echo {number} >> {queue.q}/ran; hostname; sleep 0.1; exit {number % 2}')
+    poller = queue.start('--workers', '2', command=(*NODES, sys.executable, str(MODULE)))
+    assert poller.wait(60) == 1
+    assert len(set((queue.path / 'ran').read_text().split())) == len((queue.path / 'ran').read_text().split()) == 60
+    assert Counter(queue.all().values()) == {'complete': 30, 'fail': 30}
+    hosts = {queue.out(name).strip() for name in queue.names('out') if name.endswith('.stdout')}
+    assert len(hosts) == 3
+    for host in hosts:
+        assert re.search(rf' {host} worker [01]: complete ', poller.log())
+        assert re.search(rf' {host}: \d+ scripts in ', poller.log())
+
+
+@slurm
+def test_slurm_runs_each_script_as_a_step_with_a_gpu_of_its_own_and_its_status_comes_back(queue):
+    for number in range(30):
+        queue.add(f'{number:02}.sh', 'date +%s%N; hostname; echo $CUDA_VISIBLE_DEVICES; sleep 0.1; date +%s%N; '
+                                     + ('kill -9 $$' if number == 7 else f'exit {number % 3}'))
+    assert queue.poll('--workers', '12', '--wrapper', STEP)[0] == 1
+    uses = {}
+    for number in range(30):
+        assert queue.out(f'{number:02}.sh.exitcode') == str(137 if number == 7 else number % 3)
+        start, host, gpu, end = queue.out(f'{number:02}.sh.stdout').split()
+        uses.setdefault((host, gpu), []).append((int(start), int(end)))
+    assert len(uses) > 4  # on more than one node
+    for spans in map(sorted, uses.values()):
+        assert all(later[0] > earlier[1] for earlier, later in zip(spans, spans[1:]))
+
+
+@slurm
+def test_slurm_steps_end_when_their_script_is_cancelled_or_the_poller_is_stopped(queue):
+    for name in 'ab':
+        queue.add(f'{name}.sh', f'echo $$; {queue.gate()}')
+    poller = queue.start('--workers', '2', '--wrapper', STEP)
+    until(lambda: queue.has_out('a.sh.stdout') and queue.has_out('b.sh.stdout'))
+    os.rename(queue.path / 'running' / 'a.sh', queue.path / 'fail' / 'a.sh')
+    until(lambda: 'cancelled a.sh' in poller.log())
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'fail', 'b.sh': 'to_run'}
+    for name in 'ab':
+        until(lambda name=name: not os.path.exists(f'/proc/{queue.out(f"{name}.sh.stdout").strip()}'))
+
+
+@slurm
+def test_slurm_steps_outlive_their_poller_and_the_next_one_files_them(queue):
+    queue.add('a.sh', f'echo start; {queue.gate()} exit 5')
+    poller = queue.start('--workers', '2', '--wrapper', STEP)
+    until(lambda: queue.has_out('a.sh.stdout'))
+    poller.kill()
+    poller.wait()
+    queue.open_gate()
+    until(lambda: queue.has_out('a.sh.exitcode'))
+    assert queue.poll('--workers', '2', '--wrapper', STEP)[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.exitcode') == '5'
+
+
+@slurm
+def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back(queue):
+    for number in range(6):
+        queue.add(f'{number}.sh', f'[ -e {queue.q}/again ] || {{ echo $$; {queue.gate()} }}')
+    batch = queue.path / 'batch'
+    batch.write_text('#!/bin/sh\n#SBATCH --nodes=3 --ntasks-per-node=1 --time=10\n'
+                     f'srun "{sys.executable}" "{MODULE}" --path {queue.q} --workers 1\n')
+    job = subprocess.run(['sbatch', '--parsable', '--output', queue.path / 'batch.log', batch], check=True,
+                         capture_output=True, text=True).stdout.strip()
+    until(lambda: len([number for number in range(6) if queue.has_out(f'{number}.sh.stdout')]) == 3)
+    subprocess.run(['scancel', '--signal=TERM', job], check=True)  # what --signal=TERM@60 has Slurm do
+    until(lambda: not subprocess.run(['squeue', '-h', '-j', job, '--states', 'PD,R,CG'],
+                                     capture_output=True, text=True).stdout.strip())
+    assert Counter(queue.all().values()) == {'to_run': 6}, (queue.path / 'batch.log').read_text()
+    (queue.path / 'again').touch()
+    assert queue.poll(command=(*NODES, sys.executable, str(MODULE)))[0] == 0
+    assert Counter(queue.all().values()) == {'complete': 6}
+
+
+# --- Network file systems, with two hosts -----------------------------------------------------------------------------
+
+NETFS = Path(os.environ.get('FASTGPU_NETFS', MODULE.parent.parent / 'shared' / 'netfs'))
+
+
+class Net:
+    """A network file system that two hosts mount; each is a machine of its own, by the ids that it is shown."""
+
+    def __init__(self, kind):
+        self.dir = Path(f'/tmp/netfs-test-{kind}-{os.getpid()}')
+        self.queue = None
+        self.kind = kind
+
+    def up(self):
+        subprocess.run([NETFS / 'netfs_up.sh', self.kind, self.dir], check=True, capture_output=True, timeout=300)
+        for host, file in itertools.product('AB', ('/proc/sys/kernel/random/boot_id', '/etc/machine-id')):
+            (self.dir / f'id-{host}').write_text(f'of {host}\n')
+            self.on(host, 'mount', '--bind', self.dir / f'id-{host}', file)
+
+    def down(self):
+        subprocess.run([NETFS / 'netfs_down.sh', self.dir], capture_output=True, timeout=60)
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def on(self, host, *words, **kwargs):
+        return subprocess.run([self.dir / 'on', host, *words], check=True, capture_output=True, text=True, timeout=120,
+                              **kwargs).stdout
+
+    def command(self, host):
+        return self.dir / 'on', host, sys.executable, MODULE
+
+    def server(self, word):
+        subprocess.run([self.dir / 'server', word], check=True, capture_output=True, timeout=60)
+
+    def new_queue(self):
+        """Return the folder of a new queue, as both hosts see it."""
+        path = self.dir / 'mnt' / f'q{time.monotonic_ns()}'
+        self.on('A', 'mkdir', path)
+        self.on('A', sys.executable, '-c', f'import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import fastgpu; '
+                                           f'fastgpu.setup_dirs({str(path)!r})')
+        until(lambda: 'to_run' in self.on('B', 'ls', path))
+        return path
+
+    def fill(self, path, number, body):
+        write = f'printf "%s\\n" "#!/bin/sh" {shlex.quote(body)} >$n; touch -d @1 $n; chmod +x $n'
+        self.on('A', 'sh', '-c', f'cd {path}/to_run; for n in $(seq 1000 {999 + number}); do {write}; done')
+
+    def start(self, host, path, *args, **kwargs):
+        log = self.dir / f'{time.monotonic_ns()}.log'
+        with open(log, 'w') as err:
+            poller = subprocess.Popen([*self.command(host), '--path', path, *(args or ('--workers', '2'))], stderr=err,
+                                      stdin=subprocess.DEVNULL, **kwargs)
+        poller.log = log.read_text
+        return poller
+
+    def names(self, path, folder, host='A'):
+        return self.on(host, 'ls', path / folder).split()
+
+
+@pytest.fixture(scope='module', params=['gluster', 'sshfs'])
+def net(request):
+    if os.getuid() or not os.path.exists('/dev/fuse') or not (NETFS / 'netfs_up.sh').exists():
+        pytest.skip('needs root, FUSE and netfs_up.sh')
+    net = Net(request.param)
+    try:
+        net.up()
+    except subprocess.SubprocessError as error:
+        net.down()
+        pytest.skip(f'there is no {request.param} here: {error}')
+    yield net
+    net.down()
+
+
+@pytest.mark.net
+def test_net_two_hosts_run_each_script_once(net):
+    path = net.new_queue()
+    ran = net.dir / 'ran'
+    ran.touch()
+    net.fill(path, 200, f'echo $0 >> {ran}')
+    pollers = [net.start(host, path) for host in 'AB']
+    assert [poller.wait(120) for poller in pollers] == [0, 0]
+    assert len(net.names(path, 'complete')) == 200
+    assert len(ran.read_text().split()) == 200
+    assert not re.search('cannot|waits for its chmod', ''.join(poller.log() for poller in pollers))
+
+
+@pytest.mark.net
+def test_net_pollers_of_two_hosts_under_kill_9_lose_nothing(net):
+    path, rng = net.new_queue(), random.Random(os.environ.get('SEED'))
+    ran = net.dir / f'ran-{time.monotonic_ns()}'
+    ran.touch()
+    net.fill(path, 150, f'sleep 0.{rng.randrange(3)}; echo $0 >> {ran}')
+    live, deadline = [], time.monotonic() + 30
+    while time.monotonic() < deadline:
+        live = [poller for poller in live if poller.poll() is None]
+        while len(live) < 6:
+            live.append(net.start(rng.choice('AB'), path, '--workers', '2', '--exit', '0'))
+        time.sleep(rng.random())
+        live.pop(rng.randrange(len(live))).kill()
+    for poller in live:
+        poller.kill()
+        poller.wait()
+    for host in 'AB':
+        assert net.start(host, path).wait(120) == 0
+    time.sleep(1)  # names are cached so long
+    assert len(net.names(path, 'complete')) == 150
+    assert len(ran.read_text().split()) == 150
+
+
+@pytest.mark.net
+def test_net_a_server_that_is_away_for_a_while_costs_no_script(net):
+    path = net.new_queue()
+    ran = net.dir / f'ran-{time.monotonic_ns()}'
+    ran.touch()
+    net.fill(path, 30, f'sleep 1; echo $$ >> {ran}')
+    pollers = [net.start(host, path) for host in 'AB']
+    until(lambda: len(ran.read_text().split()) > 3)
+    net.server('stop')
+    time.sleep(10)
+    net.server('start')
+    for poller in pollers:
+        assert poller.wait(120) in (0, 1), poller.log()  # 1: it saw for seconds a name that the other one had moved
+        assert 'was moved' not in poller.log().splitlines()[-1]
+    for host in 'AB':
+        assert net.start(host, path).wait(120) == 0
+    assert len(net.names(path, 'complete')) == 30
+    assert len(ran.read_text().split()) == 30
+
+
+@pytest.mark.net
+def test_net_two_hosts_that_add_at_once_lose_no_command(net):
+    for _ in range(10):
+        path = net.new_queue()
+        adding = [subprocess.Popen([*net.command(host), '--path', path, '--add'], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True, cwd='/') for host in 'AB']
+        for host, process in zip('AB', adding):
+            process.stdin.write(''.join(f'echo {host}{n}\n' for n in range(200)))
+        names = [process.communicate(timeout=120)[0].split() for process in adding]
+        assert [process.returncode for process in adding] == [0, 0]
+        assert len({*names[0], *names[1]}) == 400
+        text = net.on('A', 'sh', '-c', f'cat {path}/to_run/*')
+        assert len(set(re.findall('^echo (.*)', text, re.M))) == 400
+
+
+@pytest.mark.net
+def test_net_hosts_of_one_name_leave_each_others_runs_alone(net):
+    net.on('B', 'hostname', 'nodeA')
+    try:
+        path = net.new_queue()
+        ran = net.dir / f'ran-{time.monotonic_ns()}'
+        ran.touch()
+        net.fill(path, 8, f'sleep 3; echo $0 >> {ran}')
+        pollers = [net.start(host, path) for host in 'AB']
+        assert [poller.wait(120) for poller in pollers] == [0, 0]
+        assert len(ran.read_text().split()) == 8
+        assert len(net.names(path, 'complete')) == 8
+    finally:
+        net.on('B', 'hostname', 'nodeB')
+
+
+@pytest.mark.net
+def test_net_a_new_name_on_the_same_kernel_files_what_ended(net):
+    path = net.new_queue()
+    net.fill(path, 1, 'sleep 2; exit 3')
+    first = net.start('A', path)
+    until(lambda: '"pid"' in net.on('A', 'sh', '-c', f'cat {path}/out/1000.json || true'))
+    first.kill()
+    first.wait()
+    net.on('A', 'hostname', 'another')
+    try:
+        until(lambda: '1000.exitcode' in net.names(path, 'out'))
+        assert net.start('A', path).wait(60) == 1
+        assert net.names(path, 'fail') == ['1000']
+    finally:
+        net.on('A', 'hostname', 'nodeA')
+
+
+# --- Status: the log and the line of progress -------------------------------------------------------------------------
 
 def test_the_log_of_a_failure_ends_with_its_last_words_and_the_summary_names_it(queue):
     queue.add('a.sh', 'echo "first" >&2; printf "  loss is \\033[31mnan  \\n\\n" >&2; exit 1')
@@ -4203,6 +4100,83 @@ def test_the_log_of_a_failure_ends_with_its_last_words_and_the_summary_names_it(
     assert re.search(r' 3 scripts in .* s: 1 complete, 2 fail\n'
                      r'\S+ 0.. s of worker time used, workers busy \d+% of the time\n\S+ failed: a.sh b.sh\n$', log)
     assert log.index('complete c.sh') > log.index('start c.sh') > log.index('fail b.sh')
+
+
+def test_a_progress_bar_is_no_last_line(queue):
+    queue.add('a.sh', 'printf "10%%\\r20%%\\r30%%\\r" >&2; exit 1')
+    assert re.search(r'fail a.sh \(status 1, \d.\d s\): 30% \(', queue.poll()[1])
+
+
+def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queue):
+    queue.add('a.sh', 'exit 3')
+    assert queue.poll(cwd=queue.path)[1].count('s): said nothing (out/a.sh.stderr)\n') == 1
+
+
+@pytest.mark.parametrize('name', ['stop', 'start', 'driver'])
+def test_no_name_of_a_script_is_taken_for_a_word_of_ours(gpus, queue, name):
+    queue.add('a.sh', queue.gate())
+    queue.add(name, mode=0o644)
+    poller = queue.start('--exit', '0')
+    until(lambda: f'to_run/{name} waits' in poller.log() and queue.names('running'))
+    poller.send_signal(signal.SIGINT)
+    until(lambda: 'interrupted: waiting for 1 script' in poller.log())
+    queue.open_gate()
+    assert poller.wait(30) == 130
+    assert 'driver is back' not in poller.log()
+
+
+def test_a_log_that_nobody_reads_stops_nothing(queue):
+    queue.add('a.sh')
+    read, write = os.pipe()
+    os.close(read)
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1'], stderr=write)
+    os.close(write)
+    assert poller.wait(30) == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'terminal'])
+def test_a_log_whose_reader_has_stopped_stops_nothing_and_counts_what_was_lost(queue, kind):
+    read, write = os.pipe() if kind == 'pipe' else pty.openpty()
+    if kind == 'pipe':
+        fcntl.fcntl(write, F_SETPIPE_SZ, 4096)
+    else:
+        os.write(read, b'\x13')  # Ctrl-S
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1', '--exit', '0'],
+                              stderr=write, env={**os.environ, 'TERM': 'dumb'})
+    queue.pollers.append(poller)
+    for number in range(60):
+        queue.add(f'{number}.sh')
+    until(lambda: len(queue.names('complete')) == 60)
+    if kind == 'terminal':
+        os.write(read, b'\x11')  # Ctrl-Q
+    log = ''
+
+    def told():
+        nonlocal log
+        if select.select([read], [], [], 0)[0]:
+            log += os.read(read, 1 << 16).decode()
+        queue.add(f'{time.time()}.sh')
+        return re.search(r'\(\d+ lines of this log lost: nobody read it\)', log)
+
+    until(told)
+    os.write(read, b'\x13') if kind == 'terminal' else None
+    poller.terminate()
+    assert poller.wait(30) == 143
+    os.close(read)
+    os.close(write)
+
+
+def test_a_terminal_that_is_never_read_stops_nothing(queue):
+    ours, theirs = pty.openpty()
+    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '2'], stderr=theirs,
+                              env={**os.environ, 'TERM': 'dumb'})
+    queue.pollers.append(poller)
+    for number in range(120):
+        queue.add(f'{number:03}-{"long" * 50}.sh')
+    assert poller.wait(60) == 0
+    os.close(ours)
+    os.close(theirs)
 
 
 def on_a_terminal(queue, columns=60, **env):
@@ -4253,12 +4227,7 @@ def test_a_log_in_a_file_has_neither_progress_nor_colours(queue):
     assert '\r' not in log
 
 
-def status(queue, *args, **kwargs):
-    """Return what --status --json and --status say."""
-    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', *args]
-    as_json = subprocess.run([*command, '--json'], check=True, capture_output=True, text=True, **kwargs).stdout
-    return json.loads(as_json), subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
-
+# --- Status: --status -------------------------------------------------------------------------------------------------
 
 def test_status_of_an_empty_queue(gpus, queue):
     as_json, text = status(queue)
@@ -4337,6 +4306,16 @@ def test_status_of_slots_and_of_other_hosts(queue, monkeypatch):
     queue.open_gate()
 
 
+def test_status_sees_a_further_place_on_a_gpu_as_a_poller_does(gpus, queue):
+    gpus.set({'uuid': A, 'total': 10240})
+    first = ResourcePoolGPU(queue.path, per_gpu=2)
+    assert first.lock_next() == 0
+    gpus.change(0, used=3000, pids=[4121])
+    as_json, _ = status(queue, '--per-gpu', '2')
+    assert [row['state'] for row in as_json['resources']] == ['busy', 'free']
+    assert first.lock_next() == '0.1'
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
 def test_status_is_for_other_users_too_and_says_what_they_may_not_see(queue):
     queue.add('a.sh')
@@ -4352,17 +4331,26 @@ def test_status_is_for_other_users_too_and_says_what_they_may_not_see(queue):
         assert (shown.returncode, shown.stderr) == (2, f'fastgpu_poll: {path}/q/fail: Permission denied\n')
 
 
-def test_what_is_shown_ends_quietly_with_its_reader_and_fits_its_encoding(queue):
-    queue.add('\N{SNOWMAN}.sh')
-    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', '--workers', '1']
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
-    assert (run.returncode, run.stderr) == (0, '')
-    assert 'next: \'\\u2603.sh\'\n' in run.stdout
-    read, write = os.pipe()
-    os.close(read)
-    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert (run.returncode, run.stderr) == (0, '')
+def test_status_tells_the_pids_of_the_pollers(queue):
+    pollers = [queue.start('--exit', '0', '--workers', '1') for _ in '12']
+    pids = sorted(poller.pid for poller in pollers)
+    until(lambda: status(queue, '--workers', '1')[0]['pollers'] == pids)
+    assert f' · 2 pollers on {os.uname().nodename} (pid {pids[0]}, {pids[1]})' in status(queue, '--workers', '1')[1]
+    pollers[0].kill()
+    pollers[0].wait()
+    assert status(queue, '--workers', '1')[0]['pollers'] == [pollers[1].pid]
+    others = [take_lock(fastgpu.Queue(queue.path).alive, pid, 1) for pid in (4194303, 3, 4194301, 2)]
+    assert status(queue, '--workers', '1')[0]['pollers'] == [2, 3, pollers[1].pid, 4194301, 4194303]
+    for fd in others:
+        os.close(fd)
+
+
+def test_a_lock_of_all_pids_is_not_taken_for_endless_pollers(queue):
+    path = f'{queue.path}/.{os.uname().nodename}.poller'
+    fd = fastgpu.open_lock(path)
+    assert fastgpu.Place(path, 0, 1 << 22).lock(fd)
+    assert len(status(queue, '--workers', '1')[0]['pollers']) == 1
+    os.close(fd)
 
 
 def test_status_of_what_is_no_queue(tmp_path):
@@ -4384,20 +4372,6 @@ def test_status_of_a_queue_that_has_only_its_first_folder(queue):
     assert 'next: a.sh\nheld until chmod +x: b.sh\n' in text
 
 
-def test_status_tells_the_pids_of_the_pollers(queue):
-    pollers = [queue.start('--exit', '0', '--workers', '1') for _ in '12']
-    pids = sorted(poller.pid for poller in pollers)
-    until(lambda: status(queue, '--workers', '1')[0]['pollers'] == pids)
-    assert f' · 2 pollers on {os.uname().nodename} (pid {pids[0]}, {pids[1]})' in status(queue, '--workers', '1')[1]
-    pollers[0].kill()
-    pollers[0].wait()
-    assert status(queue, '--workers', '1')[0]['pollers'] == [pollers[1].pid]
-    others = [take_lock(fastgpu.Queue(queue.path).alive, pid, 1) for pid in (4194303, 3, 4194301, 2)]
-    assert status(queue, '--workers', '1')[0]['pollers'] == [2, 3, pollers[1].pid, 4194301, 4194303]
-    for fd in others:
-        os.close(fd)
-
-
 def test_status_of_edited_records_is_no_traceback(queue):
     for number, change in enumerate(({'pid': '\0'}, {'finished': float('inf')}, {'finished': 'x'}, {'ids': [[]]})):
         queue.add(f'{number}.sh').rename(queue.path / 'running' / f'{number}.sh')
@@ -4406,7 +4380,74 @@ def test_status_of_edited_records_is_no_traceback(queue):
     assert status(queue, '--workers', '1')[0]['counts']['running'] == 4
 
 
-# --- Command ----------------------------------------------------------------------------------------------------------
+def test_status_shows_the_gpus_also_where_there_is_no_queue(gpus, tmp_path):
+    text = run_command('--status', cwd=tmp_path, check=True).stdout
+    assert re.match('gpu 0 .* free\ngpu 1 .* free\nto_run 0 ', text)
+    assert not list(tmp_path.glob('to_run'))
+
+
+def test_what_is_shown_ends_quietly_with_its_reader_and_fits_its_encoding(queue):
+    queue.add('\N{SNOWMAN}.sh')
+    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', '--workers', '1']
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert (run.returncode, run.stderr) == (0, '')
+    assert 'next: \'\\u2603.sh\'\n' in run.stdout
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, '')
+
+
+# --- Command: its options, and the folder it uses ---------------------------------------------------------------------
+
+def test_all_three_ways_to_use_it_do_the_same(tmp_path):
+    alone = tmp_path / 'alone'
+    alone.mkdir()
+    shutil.copy(MODULE, alone)
+    script = Path(sys.executable).with_name('fastgpu_poll')
+    ways = [(sys.executable, '-m', 'fastgpu'), (sys.executable, str(alone / 'fastgpu.py'))]
+    if script.exists():
+        ways.append((str(script),))
+    results = []
+    for n, command in enumerate(ways):
+        queue = Queue(tmp_path / str(n))
+        for k in range(4):
+            queue.add(f'{k}.sh', f'echo {k}; exit {k}')
+        status, _ = queue.poll('--workers', '2', command=command, cwd=alone)
+        results.append((status, queue.all(), [queue.out(f'{k}.sh.stdout') for k in range(4)]))
+    assert results[0] == (1, {'0.sh': 'complete', '1.sh': 'fail', '2.sh': 'fail', '3.sh': 'fail'},
+                          ['0\n', '1\n', '2\n', '3\n'])
+    assert results == [results[0]] * len(ways)
+
+
+def test_version():
+    text = subprocess.run([sys.executable, str(MODULE), '--version'], capture_output=True, text=True, check=True).stdout
+    assert text == f'fastgpu {fastgpu.__version__}\n'
+
+
+def test_help_fits_on_a_screen_and_shows_first_how_to_submit_and_see():
+    text = run_command('--help', env={**os.environ, 'COLUMNS': '80'}).stdout
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= 80
+    order = ['--path PATH', '--add', '--run', '--status', '--exit', '--max-used', 'cancel: ', 'exit status: ']
+    assert sorted(order, key=lambda word: re.search(f'(?m)^ *{word}', text).start()) == order
+
+
+def test_the_path_is_the_current_folder_by_default(queue):
+    queue.add('a.sh')
+    subprocess.run([sys.executable, str(MODULE), '--workers', '1'], cwd=queue.path, check=True)
+    assert queue.all() == {'a.sh': 'complete'}
+
+
+def test_exit_0_goes_on_polling(queue):
+    poller = queue.start('--exit', '0', '--workers', '1')
+    for name in 'ab':
+        queue.add(name)
+        until(lambda name=name: name in queue.names('complete'))
+    poller.send_signal(signal.SIGTERM)
+    assert poller.wait(30) == 143
+
 
 @pytest.mark.parametrize(('args', 'words'), [
     (['--exit', '2'], 'argument --exit: invalid choice: 2'),
@@ -4442,6 +4483,45 @@ def test_wrong_options_are_named(args, words):
     assert words in run.stderr
 
 
+def test_wrong_use_is_status_2_also_where_it_cannot_be_said():
+    command = shlex.join([sys.executable, str(MODULE), '--nonsense'])
+    without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    assert subprocess.run(['bash', '-c', f'{command} 2>/dev/full'], env=without).returncode == 2
+
+
+@pytest.mark.parametrize(('wrapper', 'words'), [
+    ('nowhere 4h', "there is no command 'nowhere'"), ('', 'there is no command'), ('"sh', 'no closing quotation')])
+def test_a_wrapper_that_does_not_exist_is_told_at_the_start(queue, wrapper, words):
+    queue.add('a.sh')
+    status, log = queue.poll('--workers', '1', '--wrapper', wrapper)
+    assert status == 2
+    assert words in log
+    assert queue.all() == {'a.sh': 'to_run'}
+
+
+@pytest.mark.parametrize('options', ['--help', '--version', '--status', '--status --json', '--add', ''])
+def test_no_reader_and_no_room_for_what_it_prints_is_no_status_but_those_of_the_readme(queue, options):
+    command = shlex.join([sys.executable, str(MODULE), '--path', str(queue.path), *options.split()])
+    command = f'echo true | {command}' if options == '--add' else f'{command} --workers 1'
+    without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+    ends = {'| true': 0, '| head -1': 0, '>&-': 0, '2>&-': 0, '>&- 2>&-': 0, '2>&1 | true': 0, '2>/dev/full': 0,
+            '>/dev/full': int(bool(options))}
+    for end, status in ends.items():
+        run = subprocess.run(['bash', '-c', f'set -o pipefail; {command} {end}'], capture_output=True, text=True,
+                             env=without)
+        said = re.sub('(?m)^[0-9-]+T.*\\n', '', run.stderr)
+        assert run.returncode == status, (end, run.stderr)
+        if 'usage: ' not in said and said != 'fastgpu 0.1.0\n':  # argparse prints that to the one that is open
+            assert said == 'fastgpu_poll: standard output: No space left on device\n' * status, end
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / 'json.py').write_text('raise KeyboardInterrupt')
+    run = subprocess.run([sys.executable, '-c', 'import sys, runpy; sys.path.insert(0, sys.argv[1]); '
+                          f'runpy.run_path({str(MODULE)!r}, run_name="__main__")', tmp_path], capture_output=True)
+    assert (run.returncode, run.stderr) == (130, b'')
+
+
 def refused(path, command=(sys.executable, str(MODULE))):
     """Return the one line with which the command refuses to use `path`."""
     run = subprocess.run([*command, '--path', str(path), '--workers', '1'], capture_output=True, text=True,
@@ -4471,40 +4551,6 @@ def test_a_path_that_cannot_be_written_is_refused():
         assert refused(path, as_nobody) == f'fastgpu_poll: {said} -R {nobody} {shlex.quote(path)}\n'
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder to somebody else')
-@pytest.mark.parametrize('folder', ['', 'to_run', 'running', 'complete', 'fail', 'out'])
-def test_root_runs_nothing_of_a_queue_that_belongs_to_somebody_else(queue, folder):
-    queue.add('a.sh')
-    os.chown(queue.path / folder, 65534, 65534)
-    message = refused(queue.path)
-    assert f' belongs to {fastgpu.user_name(65534)}: run it as ' in message
-    assert queue.all() == {'a.sh': 'to_run'}
-    subprocess.run(message.partition('make it yours: sudo ')[2], shell=True, check=True)
-    assert queue.poll()[0] == 0
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
-def test_a_folder_that_only_the_private_group_of_its_owner_can_write_to_is_safe(tmp_path):
-    group = subprocess.run(['getent', 'group', 'mail', 'games'], capture_output=True, text=True).stdout
-    games = pwd.getpwnam('games')  # Debian has a group of that name without members
-    if f'games:x:{games.pw_gid}:\n' not in group or games.pw_gid == 8:
-        pytest.skip('has no private group at hand')
-    for gid, safe in (games.pw_gid, True), (8, False):
-        with tempfile.TemporaryDirectory() as path:
-            fastgpu.setup_dirs(path)
-            for folder in Path(path), *Path(path).iterdir():
-                os.chown(folder, games.pw_uid, gid)
-                folder.chmod(0o775)
-            assert fastgpu.others_can_write(os.stat(path)) == (not safe)
-
-
-def test_who_could_swap_the_queue_is_warned_of(queue, tmp_path):
-    tmp_path.chmod(0o777)
-    assert queue.poll()[1].count(f'warning: others can write to {tmp_path}, and put another queue in the place of') == 1
-    tmp_path.chmod(0o1777)
-    assert 'warning' not in queue.poll()[1]
-
-
 def test_a_path_that_was_mistyped_makes_no_queue(queue, tmp_path):
     assert refused(tmp_path / 'typo') == f'fastgpu_poll: {tmp_path}/typo: there is no such folder; mkdir makes it\n'
     assert not (tmp_path / 'typo').exists()
@@ -4525,6 +4571,18 @@ def test_a_current_folder_that_is_gone_is_told(tmp_path):
     assert (run.returncode, run.stderr) == (2, 'fastgpu_poll: the current folder was removed: cd to one that exists\n')
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can give a folder to somebody else')
+@pytest.mark.parametrize('folder', ['', 'to_run', 'running', 'complete', 'fail', 'out'])
+def test_root_runs_nothing_of_a_queue_that_belongs_to_somebody_else(queue, folder):
+    queue.add('a.sh')
+    os.chown(queue.path / folder, 65534, 65534)
+    message = refused(queue.path)
+    assert f' belongs to {fastgpu.user_name(65534)}: run it as ' in message
+    assert queue.all() == {'a.sh': 'to_run'}
+    subprocess.run(message.partition('make it yours: sudo ')[2], shell=True, check=True)
+    assert queue.poll()[0] == 0
+
+
 @pytest.mark.parametrize('mode', [0o777, 0o757, 0o1777])
 @pytest.mark.parametrize('folder', [*FOLDERS, 'out'])
 def test_a_folder_that_others_can_write_to_is_refused_with_the_chmod_that_mends_it(queue, folder, mode):
@@ -4538,11 +4596,33 @@ def test_a_folder_that_others_can_write_to_is_refused_with_the_chmod_that_mends_
     assert queue.poll()[0] == 0
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can try it as somebody else')
+def test_a_folder_that_only_the_private_group_of_its_owner_can_write_to_is_safe(tmp_path):
+    group = subprocess.run(['getent', 'group', 'mail', 'games'], capture_output=True, text=True).stdout
+    games = pwd.getpwnam('games')  # Debian has a group of that name without members
+    if f'games:x:{games.pw_gid}:\n' not in group or games.pw_gid == 8:
+        pytest.skip('has no private group at hand')
+    for gid, safe in (games.pw_gid, True), (8, False):
+        with tempfile.TemporaryDirectory() as path:
+            fastgpu.setup_dirs(path)
+            for folder in Path(path), *Path(path).iterdir():
+                os.chown(folder, games.pw_uid, gid)
+                folder.chmod(0o775)
+            assert fastgpu.others_can_write(os.stat(path)) == (not safe)
+
+
 def test_a_queue_in_a_sticky_folder_is_not_refused(queue):
     queue.path.chmod(0o1777)
     assert queue.poll()[0] == 0
     queue.path.chmod(0o777)
     assert f'chmod go-w {queue.q}\n' in refused(queue.path)
+
+
+def test_who_could_swap_the_queue_is_warned_of(queue, tmp_path):
+    tmp_path.chmod(0o777)
+    assert queue.poll()[1].count(f'warning: others can write to {tmp_path}, and put another queue in the place of') == 1
+    tmp_path.chmod(0o1777)
+    assert 'warning' not in queue.poll()[1]
 
 
 @pytest.mark.parametrize('number', [errno.EINVAL, errno.ENOLCK])
@@ -4566,12 +4646,6 @@ def test_to_run_and_running_must_be_two_folders(queue):
         f'fastgpu_poll: {queue.path}/running is the same folder as {queue.path}/to_run: make it one of its own\n')
 
 
-def test_the_folder_of_the_locks_must_have_an_absolute_path(gpus, queue, monkeypatch):
-    monkeypatch.setenv('FASTGPU_LOCK_DIR', 'locks')
-    with pytest.raises(FastgpuError, match='absolute path'):
-        ResourcePoolGPU(queue.path)
-
-
 def test_the_folders_must_be_on_one_file_system(queue, tmp_path):
     shm = Path('/dev/shm')
     if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
@@ -4581,6 +4655,14 @@ def test_the_folders_must_be_on_one_file_system(queue, tmp_path):
         (queue.path / 'complete').symlink_to(folder)
         assert f'{queue.path}/complete is on another file system' in refused(queue.path)
 
+
+def test_the_folder_of_the_locks_must_have_an_absolute_path(gpus, queue, monkeypatch):
+    monkeypatch.setenv('FASTGPU_LOCK_DIR', 'locks')
+    with pytest.raises(FastgpuError, match='absolute path'):
+        ResourcePoolGPU(queue.path)
+
+
+# --- Command: --add ---------------------------------------------------------------------------------------------------
 
 def add(queue, cwd=None):
     return subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--add'], cwd=cwd,
@@ -4612,33 +4694,10 @@ def test_add_makes_a_script_of_each_line_which_runs_where_it_was_called(queue, t
     assert queue.out(f'{names[4]}.exitcode') == '1'
 
 
-def test_a_number_is_never_given_twice(queue):
-    assert added(queue, b'true\ntrue')[1] == ['job-000001-true.sh', 'job-000002-true.sh']
-    for file in (queue.path / 'to_run').iterdir():
-        file.rename(queue.path / f'renamed-{file.name}')
-    assert added(queue, b'true')[1] == ['job-000003-true.sh']
-    queue.add('job-000012.sh')
-    assert added(queue, b'true')[1] == ['job-000013-true.sh']
-    (queue.path / '.job.lock').write_bytes(b'\xffnonsense')
-    assert added(queue, b'true')[1] == ['job-000014-true.sh']
-
-
 def test_a_line_that_ends_in_a_backslash_goes_on_in_the_next(queue):
     assert len(added(queue, b'echo one \\\n two\necho three\\\\\necho four')[1]) == 3
     assert queue.poll('--workers', '1')[0] == 0
     assert [queue.out(f'{name}.stdout') for name in queue.names('complete')] == ['one two\n', 'three\\\n', 'four\n']
-
-
-@pytest.mark.parametrize(('command', 'name'), [
-    ("python3 /home/ann/train.py --lr 0.1 --data=/big/x.csv", 'train.py-lr-0.1-data-x.csv'),
-    ("/usr/bin/python3.11 -m 'a b' \"c\"", 'm-a-b-c'), ('(', ''), ("'\n$(rm *)'", 'rm'), ('é' * 99, ''),
-    ('x' * 99, 'x' * 40), ('a' * 39 + ' b', 'a' * 39), ('.', ''), ('../run.sh', 'run.sh')])
-def test_a_name_tells_the_command_and_is_safe(command, name):
-    assert fastgpu.title(command) == name
-
-
-def run_command(*args, **kwargs):
-    return subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True, **kwargs)
 
 
 @pytest.mark.parametrize('words', [['printf', '%s|', "it's", '$HOME', '', 'a\nb', '*', '-n', '--x'], ['true'],
@@ -4667,6 +4726,25 @@ def test_gpus_with_add_are_a_line_of_the_script(queue, gpus):
     assert queue.out(f'{queue.names("complete")[0]}.stdout').split()[0] == '0,1'
 
 
+@pytest.mark.parametrize(('command', 'name'), [
+    ("python3 /home/ann/train.py --lr 0.1 --data=/big/x.csv", 'train.py-lr-0.1-data-x.csv'),
+    ("/usr/bin/python3.11 -m 'a b' \"c\"", 'm-a-b-c'), ('(', ''), ("'\n$(rm *)'", 'rm'), ('é' * 99, ''),
+    ('x' * 99, 'x' * 40), ('a' * 39 + ' b', 'a' * 39), ('.', ''), ('../run.sh', 'run.sh')])
+def test_a_name_tells_the_command_and_is_safe(command, name):
+    assert fastgpu.title(command) == name
+
+
+def test_a_number_is_never_given_twice(queue):
+    assert added(queue, b'true\ntrue')[1] == ['job-000001-true.sh', 'job-000002-true.sh']
+    for file in (queue.path / 'to_run').iterdir():
+        file.rename(queue.path / f'renamed-{file.name}')
+    assert added(queue, b'true')[1] == ['job-000003-true.sh']
+    queue.add('job-000012.sh')
+    assert added(queue, b'true')[1] == ['job-000013-true.sh']
+    (queue.path / '.job.lock').write_bytes(b'\xffnonsense')
+    assert added(queue, b'true')[1] == ['job-000014-true.sh']
+
+
 def test_two_that_add_at_once_keep_their_lines_together(queue):
     adding = [add(queue) for _ in range(4)]
     for process in adding:
@@ -4693,43 +4771,6 @@ def test_add_on_a_full_disk_says_how_far_it_came_and_leaves_no_half_script(small
     assert (code, out) == (2, [])
     assert re.match('fastgpu_poll: of 2 commands none could be added: .*No space left on device\n$', err)
     assert os.listdir(small_disk.path / 'to_run') == []
-
-
-@pytest.mark.parametrize('options', ['--help', '--version', '--status', '--status --json', '--add', ''])
-def test_no_reader_and_no_room_for_what_it_prints_is_no_status_but_those_of_the_readme(queue, options):
-    command = shlex.join([sys.executable, str(MODULE), '--path', str(queue.path), *options.split()])
-    command = f'echo true | {command}' if options == '--add' else f'{command} --workers 1'
-    without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
-    ends = {'| true': 0, '| head -1': 0, '>&-': 0, '2>&-': 0, '>&- 2>&-': 0, '2>&1 | true': 0, '2>/dev/full': 0,
-            '>/dev/full': int(bool(options))}
-    for end, status in ends.items():
-        run = subprocess.run(['bash', '-c', f'set -o pipefail; {command} {end}'], capture_output=True, text=True,
-                             env=without)
-        said = re.sub('(?m)^[0-9-]+T.*\\n', '', run.stderr)
-        assert run.returncode == status, (end, run.stderr)
-        if 'usage: ' not in said and said != 'fastgpu 0.1.0\n':  # argparse prints that to the one that is open
-            assert said == 'fastgpu_poll: standard output: No space left on device\n' * status, end
-
-
-def test_wrong_use_is_status_2_also_where_it_cannot_be_said():
-    command = shlex.join([sys.executable, str(MODULE), '--nonsense'])
-    without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
-    assert subprocess.run(['bash', '-c', f'{command} 2>/dev/full'], env=without).returncode == 2
-
-
-def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
-    (tmp_path / 'json.py').write_text('raise KeyboardInterrupt')
-    run = subprocess.run([sys.executable, '-c', 'import sys, runpy; sys.path.insert(0, sys.argv[1]); '
-                          f'runpy.run_path({str(MODULE)!r}, run_name="__main__")', tmp_path], capture_output=True)
-    assert (run.returncode, run.stderr) == (130, b'')
-
-
-def test_help_fits_on_a_screen_and_shows_first_how_to_submit_and_see():
-    text = run_command('--help', env={**os.environ, 'COLUMNS': '80'}).stdout
-    assert len(text.splitlines()) <= 40
-    assert max(map(len, text.splitlines())) <= 80
-    order = ['--path PATH', '--add', '--run', '--status', '--exit', '--max-used', 'cancel: ', 'exit status: ']
-    assert sorted(order, key=lambda word: re.search(f'(?m)^ *{word}', text).start()) == order
 
 
 # --- Command: --run, one command now ----------------------------------------------------------------------------------
@@ -4803,12 +4844,6 @@ def test_run_of_what_is_not_executable_is_126_and_told_before_it_waits(gpus, tmp
     assert (run.returncode, run.stderr) == (126, f'fastgpu_poll: {tmp_path}/x cannot be executed: chmod +x\n')
 
 
-def test_status_shows_the_gpus_also_where_there_is_no_queue(gpus, tmp_path):
-    text = run_command('--status', cwd=tmp_path, check=True).stdout
-    assert re.match('gpu 0 .* free\ngpu 1 .* free\nto_run 0 ', text)
-    assert not list(tmp_path.glob('to_run'))
-
-
 def test_run_of_what_cannot_be_executed_is_126(gpus, tmp_path):
     broken = tmp_path / 'broken'
     broken.write_text('#!/no/such/interpreter\n')
@@ -4840,47 +4875,7 @@ def test_without_a_driver_run_says_so(gpus):
     assert 'no NVIDIA driver found' in run.stderr
 
 
-def test_version():
-    text = subprocess.run([sys.executable, str(MODULE), '--version'], capture_output=True, text=True, check=True).stdout
-    assert text == f'fastgpu {fastgpu.__version__}\n'
-
-
-def test_all_three_ways_to_use_it_do_the_same(tmp_path):
-    alone = tmp_path / 'alone'
-    alone.mkdir()
-    shutil.copy(MODULE, alone)
-    script = Path(sys.executable).with_name('fastgpu_poll')
-    ways = [(sys.executable, '-m', 'fastgpu'), (sys.executable, str(alone / 'fastgpu.py'))]
-    if script.exists():
-        ways.append((str(script),))
-    results = []
-    for n, command in enumerate(ways):
-        queue = Queue(tmp_path / str(n))
-        for k in range(4):
-            queue.add(f'{k}.sh', f'echo {k}; exit {k}')
-        status, _ = queue.poll('--workers', '2', command=command, cwd=alone)
-        results.append((status, queue.all(), [queue.out(f'{k}.sh.stdout') for k in range(4)]))
-    assert results[0] == (1, {'0.sh': 'complete', '1.sh': 'fail', '2.sh': 'fail', '3.sh': 'fail'},
-                          ['0\n', '1\n', '2\n', '3\n'])
-    assert results == [results[0]] * len(ways)
-
-
-def test_the_path_is_the_current_folder_by_default(queue):
-    queue.add('a.sh')
-    subprocess.run([sys.executable, str(MODULE), '--workers', '1'], cwd=queue.path, check=True)
-    assert queue.all() == {'a.sh': 'complete'}
-
-
-def test_exit_0_goes_on_polling(queue):
-    poller = queue.start('--exit', '0', '--workers', '1')
-    for name in 'ab':
-        queue.add(name)
-        until(lambda name=name: name in queue.names('complete'))
-    poller.send_signal(signal.SIGTERM)
-    assert poller.wait(30) == 143
-
-
-# --- All seven rules: random fire -------------------------------------------------------------------------------------
+# --- All eight rules: random fire -------------------------------------------------------------------------------------
 
 class Fire:
     """Pollers on one queue with fake GPUs, killed, stopped and started at random, on hosts of several names, some with
@@ -5075,6 +5070,8 @@ def test_soak(gpus, tmp_path, capsys):
 # --- Bench: make bench, each figure beside a peer in the same run -----------------------------------------------------
 
 STAMPED = '#!/bin/sh\nexec >{out}/$$; date +%s.%N; sleep 0.05; date +%s.%N\n'
+
+
 ORIGINAL = """
 import os, subprocess, sys, threading, time
 busy, names = [threading.Lock(), threading.Lock()], sorted(os.listdir(sys.argv[1]))
@@ -5087,6 +5084,8 @@ while names:
             threading.Thread(target=run, args=(slot, names.pop(0))).start()
     time.sleep(0.1)
 """
+
+
 INSTALLED = sys.executable, '-c', f'import sys; sys.path.insert(0, "{MODULE.parent}"); import fastgpu; fastgpu.main()'
 PEERS = {  # each runs the scripts of the folder {0} on two slots, and waits for them
     'xargs': 'ls -d {0}/* | xargs -P2 -n1 env',
@@ -5164,13 +5163,6 @@ def stretch(queue, number, *args):
                if record['started'] > began]
     first = min(record['started'] for record in records)
     return (max(record['finished'] for record in records) - first) / len(records) * 1000, first - began, memory
-
-
-def used_by(pid):
-    """Return the seconds of a core that a process has used so far, and the MiB that it had at most (proc(5))."""
-    nanoseconds = int(Path(f'/proc/{pid}/schedstat').read_text().split()[0])
-    memory = re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())[1]
-    return nanoseconds / 1e9, int(memory) / 1024
 
 
 def share(poller, seconds=20):
