@@ -58,6 +58,25 @@ F_SETPIPE_SZ = 1031  # of fcntl(2), in Python since 3.10
 
 # --- Help for the tests: a queue, its pollers, and waiting for something ----------------------------------------------
 
+def command(**constants):
+    """Return the words that start fastgpu_poll as the installed one does, with other values for some `constants`."""
+    change = ''.join(f'fastgpu.{name} = {value}; ' for name, value in constants.items())
+    code = f'import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import fastgpu; {change}sys.exit(fastgpu.main())'
+    return sys.executable, '-c', code
+
+
+COMMAND = command()
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiled_once(tmp_path_factory):
+    """Let Python keep what it compiled, beside all that is ours: the tests start it hundreds of times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv('PYTHONDONTWRITEBYTECODE', raising=False)
+        patch.setenv('PYTHONPYCACHEPREFIX', str(tmp_path_factory.mktemp('compiled')))
+        yield
+
+
 def until(condition, what='it', seconds=30):
     """Wait until `condition()` is true, and return what it returned."""
     deadline = time.monotonic() + seconds
@@ -92,7 +111,7 @@ class Queue:
     def open_gate(self, name='gate'):
         (self.path / name).touch()
 
-    def start(self, *args, command=(sys.executable, str(MODULE)), log=None, stderr=None, **kwargs):
+    def start(self, *args, command=COMMAND, log=None, stderr=None, **kwargs):
         """Start a poller in the background."""
         args = args or ('--workers', '2')
         log = log or self.path / f'poller-{len(self.pollers)}.log'
@@ -216,7 +235,7 @@ def on_host(name, boot=None):
              + f'mount --bind {boot} /proc/sys/kernel/random/boot_id && ' * bool(boot) + 'exec "$@"', name]
     if os.getuid() or subprocess.run([*words, 'true'], check=False, capture_output=True).returncode:
         pytest.skip('cannot make another host here')
-    return (*words, sys.executable, str(MODULE))
+    return (*words, *COMMAND)
 
 
 @pytest.fixture
@@ -262,12 +281,12 @@ TRAP = 'trap "echo saved; exit {}" TERM; echo ready; while :; do sleep 0.01; don
 
 
 def run_command(*args, **kwargs):
-    return subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True, **kwargs)
+    return subprocess.run([*COMMAND, *args], capture_output=True, text=True, **kwargs)
 
 
 def status(queue, *args, **kwargs):
     """Return what --status --json and --status say."""
-    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', *args]
+    command = [*COMMAND, '--path', str(queue.path), '--status', *args]
     as_json = subprocess.run([*command, '--json'], check=True, capture_output=True, text=True, **kwargs).stdout
     return json.loads(as_json), subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
 
@@ -1562,7 +1581,7 @@ def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
 
 def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
     queue.add('a.sh', queue.gate())
-    command = shlex.join([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)])
+    command = shlex.join([*COMMAND, '--workers', '1', '--path', str(queue.path)])
     command = f'exec {command} <&- >&- 2>&-'
     first = subprocess.Popen(['/bin/sh', '-c', command])
     queue.pollers.append(first)
@@ -2048,7 +2067,7 @@ def test_a_record_with_a_name_that_no_file_can_have_goes_to_fail_and_is_named(qu
 
 
 def test_a_poller_in_a_script_of_its_own_queue_is_refused(queue):
-    command = shlex.join([sys.executable, str(MODULE), '--workers', '2', '--path', str(queue.path)])
+    command = shlex.join([*COMMAND, '--workers', '2', '--path', str(queue.path)])
     queue.add('a.sh', command)
     status, log = queue.poll('--workers', '1')
     assert status == 1
@@ -2591,7 +2610,7 @@ def test_a_queue_that_is_unmounted_is_not_made_anew_below(tmp_path, queue):
     script = queue.add('a.sh', queue.gate())
     log = tmp_path / 'log'
     with open(log, 'w') as err:
-        poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', mounted], stderr=err)
+        poller = subprocess.Popen([*COMMAND, '--workers', '1', '--path', mounted], stderr=err)
     queue.pollers.append(poller)
     queue.pid('a.sh')
     subprocess.run(['umount', '--lazy', mounted], check=True)
@@ -2901,7 +2920,7 @@ def test_cuda_visible_devices_has_cudas_grammar(gpus, queue, monkeypatch, capsys
 def test_a_list_that_shows_no_gpu_or_is_unclear_is_refused_in_one_line(gpus, tmp_path, monkeypatch, listed, words):
     gpus.set({'uuid': A}, {'uuid': B}, {'uuid': C})
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
+    run = subprocess.run([*COMMAND, '--path', str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2
     assert words in run.stderr
     assert run.stderr.count('\n') == 1
@@ -2916,7 +2935,7 @@ def test_a_uuid_may_lack_its_first_letters(gpus, queue, monkeypatch, uuid):
 
 def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
     gpus.save(init=9)
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
+    run = subprocess.run([*COMMAND, '--path', str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == ('fastgpu_poll: no NVIDIA driver found (Driver Not Loaded); '
                           'use --workers N to run without GPUs\n')
@@ -2925,7 +2944,7 @@ def test_no_driver_is_one_line_and_status_2(gpus, tmp_path):
 
 def test_no_gpus_is_one_line(gpus, tmp_path):
     gpus.set()
-    run = subprocess.run([sys.executable, str(MODULE), '--path', str(tmp_path)], capture_output=True, text=True)
+    run = subprocess.run([*COMMAND, '--path', str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr == 'fastgpu_poll: the NVIDIA driver shows no GPU; use --workers N to run without GPUs\n'
 
@@ -3836,7 +3855,7 @@ STEP = 'srun --ntasks=1 --gpus=1'
 def test_slurm_three_pollers_on_three_nodes_run_each_script_once(queue):
     for number in range(60):
         queue.add(f'{number:02}.sh', f'echo {number} >> {queue.q}/ran; hostname; sleep 0.1; exit {number % 2}')
-    poller = queue.start('--workers', '2', command=(*NODES, sys.executable, str(MODULE)))
+    poller = queue.start('--workers', '2', command=(*NODES, *COMMAND))
     assert poller.wait(60) == 1
     assert len(set((queue.path / 'ran').read_text().split())) == len((queue.path / 'ran').read_text().split()) == 60
     assert Counter(queue.all().values()) == {'complete': 30, 'fail': 30}
@@ -3907,7 +3926,7 @@ def test_slurm_a_step_that_gets_term_before_its_time_is_up_puts_its_scripts_back
                                      capture_output=True, text=True).stdout.strip())
     assert Counter(queue.all().values()) == {'to_run': 6}, (queue.path / 'batch.log').read_text()
     (queue.path / 'again').touch()
-    assert queue.poll(command=(*NODES, sys.executable, str(MODULE)))[0] == 0
+    assert queue.poll(command=(*NODES, *COMMAND))[0] == 0
     assert Counter(queue.all().values()) == {'complete': 6}
 
 
@@ -3939,7 +3958,7 @@ class Net:
                               **kwargs).stdout
 
     def command(self, host):
-        return self.dir / 'on', host, sys.executable, MODULE
+        return self.dir / 'on', host, *COMMAND
 
     def server(self, word):
         subprocess.run([self.dir / 'server', word], check=True, capture_output=True, timeout=60)
@@ -4129,7 +4148,7 @@ def test_a_log_that_nobody_reads_stops_nothing(queue):
     queue.add('a.sh')
     read, write = os.pipe()
     os.close(read)
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1'], stderr=write)
+    poller = subprocess.Popen([*COMMAND, '--path', str(queue.path), '--workers', '1'], stderr=write)
     os.close(write)
     assert poller.wait(30) == 0
     assert queue.all() == {'a.sh': 'complete'}
@@ -4142,7 +4161,7 @@ def test_a_log_whose_reader_has_stopped_stops_nothing_and_counts_what_was_lost(q
         fcntl.fcntl(write, F_SETPIPE_SZ, 4096)
     else:
         os.write(read, b'\x13')  # Ctrl-S
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '1', '--exit', '0'],
+    poller = subprocess.Popen([*COMMAND, '--path', str(queue.path), '--workers', '1', '--exit', '0'],
                               stderr=write, env={**os.environ, 'TERM': 'dumb'})
     queue.pollers.append(poller)
     for number in range(60):
@@ -4169,7 +4188,7 @@ def test_a_log_whose_reader_has_stopped_stops_nothing_and_counts_what_was_lost(q
 
 def test_a_terminal_that_is_never_read_stops_nothing(queue):
     ours, theirs = pty.openpty()
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--workers', '2'], stderr=theirs,
+    poller = subprocess.Popen([*COMMAND, '--path', str(queue.path), '--workers', '2'], stderr=theirs,
                               env={**os.environ, 'TERM': 'dumb'})
     queue.pollers.append(poller)
     for number in range(120):
@@ -4185,7 +4204,7 @@ def on_a_terminal(queue, columns=60, **env):
     queue.add('b.sh', queue.gate())
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-    poller = subprocess.Popen([sys.executable, str(MODULE), '--workers', '1', '--path', str(queue.path)], stderr=theirs,
+    poller = subprocess.Popen([*COMMAND, '--workers', '1', '--path', str(queue.path)], stderr=theirs,
                               env={**os.environ, 'TERM': 'xterm', 'NO_COLOR': '', **env})
     queue.pollers.append(poller)
     os.close(theirs)
@@ -4354,7 +4373,7 @@ def test_a_lock_of_all_pids_is_not_taken_for_endless_pollers(queue):
 
 
 def test_status_of_what_is_no_queue(tmp_path):
-    command = [sys.executable, str(MODULE), '--path', str(tmp_path), '--status', '--workers', '1']
+    command = [*COMMAND, '--path', str(tmp_path), '--status', '--workers', '1']
     shown = subprocess.run(command, capture_output=True, text=True)
     assert (shown.returncode, shown.stdout) == (2, '')
     assert shown.stderr == f'fastgpu_poll: {tmp_path} is no queue: it has no folder to_run (fastgpu_poll makes one)\n'
@@ -4388,7 +4407,7 @@ def test_status_shows_the_gpus_also_where_there_is_no_queue(gpus, tmp_path):
 
 def test_what_is_shown_ends_quietly_with_its_reader_and_fits_its_encoding(queue):
     queue.add('\N{SNOWMAN}.sh')
-    command = [sys.executable, str(MODULE), '--path', str(queue.path), '--status', '--workers', '1']
+    command = [*COMMAND, '--path', str(queue.path), '--status', '--workers', '1']
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert (run.returncode, run.stderr) == (0, '')
     assert 'next: \'\\u2603.sh\'\n' in run.stdout
@@ -4422,7 +4441,7 @@ def test_all_three_ways_to_use_it_do_the_same(tmp_path):
 
 
 def test_version():
-    text = subprocess.run([sys.executable, str(MODULE), '--version'], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([*COMMAND, '--version'], capture_output=True, text=True, check=True).stdout
     assert text == f'fastgpu {fastgpu.__version__}\n'
 
 
@@ -4436,7 +4455,7 @@ def test_help_fits_on_a_screen_and_shows_first_how_to_submit_and_see():
 
 def test_the_path_is_the_current_folder_by_default(queue):
     queue.add('a.sh')
-    subprocess.run([sys.executable, str(MODULE), '--workers', '1'], cwd=queue.path, check=True)
+    subprocess.run([*COMMAND, '--workers', '1'], cwd=queue.path, check=True)
     assert queue.all() == {'a.sh': 'complete'}
 
 
@@ -4478,13 +4497,13 @@ def test_exit_0_goes_on_polling(queue):
     (['--json'], '--json does nothing here: it is for --status'),
 ])
 def test_wrong_options_are_named(args, words):
-    run = subprocess.run([sys.executable, str(MODULE), *args], capture_output=True, text=True)
+    run = subprocess.run([*COMMAND, *args], capture_output=True, text=True)
     assert run.returncode == 2
     assert words in run.stderr
 
 
 def test_wrong_use_is_status_2_also_where_it_cannot_be_said():
-    command = shlex.join([sys.executable, str(MODULE), '--nonsense'])
+    command = shlex.join([*COMMAND, '--nonsense'])
     without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
     assert subprocess.run(['bash', '-c', f'{command} 2>/dev/full'], env=without).returncode == 2
 
@@ -4501,7 +4520,7 @@ def test_a_wrapper_that_does_not_exist_is_told_at_the_start(queue, wrapper, word
 
 @pytest.mark.parametrize('options', ['--help', '--version', '--status', '--status --json', '--add', ''])
 def test_no_reader_and_no_room_for_what_it_prints_is_no_status_but_those_of_the_readme(queue, options):
-    command = shlex.join([sys.executable, str(MODULE), '--path', str(queue.path), *options.split()])
+    command = shlex.join([*COMMAND, '--path', str(queue.path), *options.split()])
     command = f'echo true | {command}' if options == '--add' else f'{command} --workers 1'
     without = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
     ends = {'| true': 0, '| head -1': 0, '>&-': 0, '2>&-': 0, '>&- 2>&-': 0, '2>&1 | true': 0, '2>/dev/full': 0,
@@ -4522,7 +4541,7 @@ def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
     assert (run.returncode, run.stderr) == (130, b'')
 
 
-def refused(path, command=(sys.executable, str(MODULE))):
+def refused(path, command=COMMAND):
     """Return the one line with which the command refuses to use `path`."""
     run = subprocess.run([*command, '--path', str(path), '--workers', '1'], capture_output=True, text=True,
                          cwd=MODULE.parent)
@@ -4558,14 +4577,14 @@ def test_a_path_that_was_mistyped_makes_no_queue(queue, tmp_path):
                                               f'give its --path, {queue.q}\n')
     assert queue.names('to_run') == []
     (tmp_path / 'new').mkdir()
-    run = subprocess.run([sys.executable, MODULE, '--workers', '1', '--path', tmp_path / 'new'], capture_output=True)
+    run = subprocess.run([*COMMAND, '--workers', '1', '--path', tmp_path / 'new'], capture_output=True)
     assert run.returncode == 0
     assert f'nothing to run in {tmp_path}/new/to_run, which was made just now' in run.stderr.decode()
     assert 'just now' not in queue.poll()[1]
 
 
 def test_a_current_folder_that_is_gone_is_told(tmp_path):
-    command = shlex.join([sys.executable, str(MODULE), '--workers', '1'])
+    command = shlex.join([*COMMAND, '--workers', '1'])
     run = subprocess.run(f'mkdir gone; cd gone; rmdir ../gone; exec {command}', shell=True, capture_output=True,
                          text=True, cwd=tmp_path)
     assert (run.returncode, run.stderr) == (2, 'fastgpu_poll: the current folder was removed: cd to one that exists\n')
@@ -4665,7 +4684,7 @@ def test_the_folder_of_the_locks_must_have_an_absolute_path(gpus, queue, monkeyp
 # --- Command: --add ---------------------------------------------------------------------------------------------------
 
 def add(queue, cwd=None):
-    return subprocess.Popen([sys.executable, str(MODULE), '--path', str(queue.path), '--add'], cwd=cwd,
+    return subprocess.Popen([*COMMAND, '--path', str(queue.path), '--add'], cwd=cwd,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -4712,7 +4731,7 @@ def test_the_words_behind_add_are_one_script_which_does_what_they_do_in_a_shell(
 def test_what_is_added_runs_in_the_environment_in_which_it_was_added(queue, tmp_path):
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'my env'], check=True)
     activated = f'. {shlex.quote(str(tmp_path / "my env/bin/activate"))}; "$@"'
-    subprocess.run(['sh', '-c', activated, 'sh', sys.executable, str(MODULE), '--path', str(queue.path), '--add',
+    subprocess.run(['sh', '-c', activated, 'sh', *COMMAND, '--path', str(queue.path), '--add',
                     'python', '-c', 'import os, sys; print(sys.prefix, os.environ.get("SECRET"))'],
                    check=True, env={**os.environ, 'LD_LIBRARY_PATH': '/a b:', 'SECRET': 'x'}, stdout=subprocess.DEVNULL)
     assert "LD_LIBRARY_PATH='/a b:'" in next((queue.path / 'to_run').iterdir()).read_text()
@@ -4776,7 +4795,7 @@ def test_add_on_a_full_disk_says_how_far_it_came_and_leaves_no_half_script(small
 # --- Command: --run, one command now ----------------------------------------------------------------------------------
 
 def running(*args, **kwargs):
-    return subprocess.Popen([sys.executable, str(MODULE), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             stdin=subprocess.PIPE, text=True, **kwargs)
 
 
@@ -4856,7 +4875,7 @@ def test_run_of_what_cannot_be_executed_is_126(gpus, tmp_path):
 def test_run_has_the_terminal_and_its_ctrl_c(gpus):
     ours, theirs = pty.openpty()
     command = 'trap "echo interrupted; exit 5" INT; [ -t 0 ] && [ -t 1 ] && echo ready; while :; do sleep 0.05; done'
-    process = subprocess.Popen([sys.executable, str(MODULE), '--run', 'sh', '-c', command], stdin=theirs, stdout=theirs,
+    process = subprocess.Popen([*COMMAND, '--run', 'sh', '-c', command], stdin=theirs, stdout=theirs,
                                stderr=theirs, start_new_session=True,
                                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(theirs)
@@ -4909,7 +4928,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
             self.unread.append(unread)
         command = self.COMMAND
         if self.hosts and self.random.random() < 0.3:
-            command = [*on_host(self.random.choice(['one', 'two']))[:-2], *command]
+            command = [*on_host(self.random.choice(['one', 'two']))[:-len(COMMAND)], *command]
         options.update(command=command, cwd=MODULE.parent)
         self.live.append(self.queue.start('--exit', '0', **options))
         if 'stderr' in options:
@@ -5086,7 +5105,6 @@ while names:
 """
 
 
-INSTALLED = sys.executable, '-c', f'import sys; sys.path.insert(0, "{MODULE.parent}"); import fastgpu; fastgpu.main()'
 PEERS = {  # each runs the scripts of the folder {0} on two slots, and waits for them
     'xargs': 'ls -d {0}/* | xargs -P2 -n1 env',
     'parallel': 'ls -d {0}/* | parallel -j2',
@@ -5116,7 +5134,7 @@ class Bench:
 
     def time(self, who, queue):
         """Run the queue to its end with a peer, or with fastgpu and the options `who`; return the seconds."""
-        ours = f'"{sys.executable}" "{MODULE}" {who} --path {queue.q}'
+        ours = f'{shlex.join(COMMAND)} {who} --path {queue.q}'
         command = PEERS.get(who, ours).format(queue.path / 'to_run')
         began = time.monotonic()
         subprocess.run(command, shell=True, stderr=subprocess.DEVNULL, env={**os.environ, 'ORIGINAL': ORIGINAL})
@@ -5241,11 +5259,9 @@ def median(measure, *args):
 
 
 @pytest.mark.bench
-def test_bench(gpus, tmp_path, monkeypatch, capsys):
+def test_bench(gpus, tmp_path, capsys):
     bench = Bench(tmp_path)
     gpus.log.unlink()  # the driver would spend its time on that
-    monkeypatch.delenv('PYTHONDONTWRITEBYTECODE', raising=False)  # compiled once, as what is installed is
-    monkeypatch.setenv('PYTHONPYCACHEPREFIX', str(tmp_path / 'cache'))
     with capsys.disabled():
         print(f'\n{"":44}{"fastgpu":>9} {"limit":>9}')
         bench.compare('idle per script of 50 ms, two slots', bench.idle, '--workers 2', 1.6, 'ms')
@@ -5269,8 +5285,8 @@ def test_bench(gpus, tmp_path, monkeypatch, capsys):
         poller.wait()
 
         queue = bench.scripts(0, '')
-        subprocess.run([*INSTALLED, '--version'], stdout=subprocess.DEVNULL, check=True)  # compiles it
-        poller = queue.start('--exit', '0', '--workers', '2', command=INSTALLED)
+        subprocess.run([*COMMAND, '--version'], stdout=subprocess.DEVNULL, check=True)  # compiles it
+        poller = queue.start('--exit', '0', '--workers', '2', command=COMMAND)
         bench.row('a script moved to an idle poller starts after', median(pick_up, queue, False), 0.15, 's')
         bench.row('   one that was just written', median(pick_up, queue, True), 0.25, 's')
         processor, memory = share(poller)
@@ -5296,7 +5312,7 @@ def test_bench(gpus, tmp_path, monkeypatch, capsys):
         for need in 2, 4:
             print(f'{need} GPUs beside four streams, 2 s at most: {median(wait_for_several, tmp_path, need):.1f} s')
 
-        imports, help = [sys.executable, '-c', 'import argparse, subprocess, json'], [*INSTALLED, '--help']
+        imports, help = [sys.executable, '-c', 'import argparse, subprocess, json'], [*COMMAND, '--help']
         figures = [[], []]
         for _, (times, command) in itertools.product(range(15), list(zip(figures, (imports, help)))):
             began = time.monotonic()
