@@ -93,8 +93,13 @@ class Queue:
 
     def __init__(self, path):
         self.path, self.q = path, shlex.quote(str(path))  # the second one for a shell
+        self.command = COMMAND
         self.pollers = []
         fastgpu.setup_dirs(path)
+
+    def change(self, **constants):
+        """Let the pollers that start from now on have other values for these constants of fastgpu."""
+        self.command = command(**constants)
 
     def add(self, name, body='', mode=0o755, head='#!/bin/sh\n'):
         """Submit a script, written long enough ago to start at once."""
@@ -111,13 +116,13 @@ class Queue:
     def open_gate(self, name='gate'):
         (self.path / name).touch()
 
-    def start(self, *args, command=COMMAND, log=None, stderr=None, **kwargs):
+    def start(self, *args, command=None, log=None, stderr=None, **kwargs):
         """Start a poller in the background."""
         args = args or ('--workers', '2')
         log = log or self.path / f'poller-{len(self.pollers)}.log'
         with open(log, 'w') as err:
-            poller = subprocess.Popen([*command, *args, '--path', str(self.path)], stderr=stderr or err, stdout=err,
-                                      stdin=subprocess.DEVNULL, **kwargs)
+            poller = subprocess.Popen([*(command or self.command), *args, '--path', str(self.path)], stdout=err,
+                                      stderr=stderr or err, stdin=subprocess.DEVNULL, **kwargs)
         poller.log = lambda: log.read_text(errors='surrogateescape')
         self.pollers.append(poller)
         return poller
@@ -1099,6 +1104,7 @@ def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
 
 
 def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', 'kill -9 0')
     status, log = queue.poll('--workers', '1')
     assert status == 1
@@ -1186,6 +1192,7 @@ def test_a_crash_between_rename_and_launch_puts_the_script_back(queue):
 
 def test_a_full_disk_delays_a_start_and_loses_nothing(small_disk, tmp_path):
     queue = small_disk
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', 'echo once')
     poller = queue.start('--workers', '1', '--exit', '0', log=tmp_path / 'log')
     until(lambda: queue.names('complete') == ['a.sh'])
@@ -1348,6 +1355,7 @@ def test_a_script_under_two_names_after_a_crash_runs_once(queue):
 
 def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_script_not_repeated(small_disk, tmp_path):
     queue = small_disk
+    queue.change(LOOK_AROUND=0.2)
     wait = 'until [ -e full ]; do sleep 0.01; done'
     queue.add('a.sh', f'cd {shlex.quote(str(tmp_path))}; {wait}; echo x >> ran; exit 5')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
@@ -1383,6 +1391,7 @@ def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_t
 
 
 def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_again(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
     queue.add('b.sh')
     poller = queue.start('--workers', '1')
@@ -1415,6 +1424,7 @@ def test_a_script_that_ends_right_after_its_shim_was_killed_does_not_run_again(q
 
 @pytest.mark.parametrize('wrapper', ['', '--wrapper=closing'])
 def test_a_group_that_is_killed_whole_is_requeued_and_a_shim_alone_is_not(queue, monkeypatch, wrapper):
+    queue.change(LOOK_AROUND=0.2)
     closing = queue.path / 'closing'
     code = 'import os, sys; os.closerange(3, 1000); os.execv(sys.argv[1], sys.argv[1:])'
     closing.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", code])} "$@"\n')
@@ -1434,6 +1444,7 @@ def test_a_group_that_is_killed_whole_is_requeued_and_a_shim_alone_is_not(queue,
 
 
 def test_an_edited_record_does_not_make_its_script_run_twice(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
     first = queue.start('--workers', '1')
     until(lambda: (queue.path / 'ran').exists() and 'pid' in queue.record('a.sh'))
@@ -1528,6 +1539,7 @@ def test_a_resource_is_not_given_to_a_second_script(wp):
 
 
 def test_two_pollers_on_one_host_share_the_slots(queue):
+    queue.change(LOOK_AROUND=0.2)
     for name in 'abcd':
         queue.add(name, queue.gate())
     pollers = [queue.start('--workers', '2') for _ in range(2)]
@@ -1554,6 +1566,7 @@ def test_two_queues_of_a_host_are_never_on_the_same_gpu(gpus, tmp_path):
 
 
 def test_a_slot_stays_taken_when_its_poller_is_killed(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', queue.gate())
     queue.add('b.sh', '')
     first = queue.start('--workers', '1')
@@ -1580,6 +1593,7 @@ def test_a_gpu_stays_taken_when_its_poller_is_killed(gpus, tmp_path):
 
 
 def test_a_poller_without_stdin_stdout_and_stderr_hands_its_locks_down(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', queue.gate())
     command = shlex.join([*COMMAND, '--workers', '1', '--path', str(queue.path)])
     command = f'exec {command} <&- >&- 2>&-'
@@ -1618,6 +1632,7 @@ def test_ctrl_c_in_the_middle_of_a_start_from_python_leaves_the_slot_to_the_scri
 
 
 def test_a_slot_is_free_only_when_all_that_a_cancelled_script_started_is_gone(queue):
+    queue.change(LOOK_AROUND=0.2)
     # So much memory takes a while to be given back, and only then is the file closed.
     child = ('import signal; signal.signal(15, signal.SIG_IGN)\n'
              'memory = b"x" * (400 << 20); print("ready", flush=True); signal.pause()')
@@ -1736,6 +1751,7 @@ def test_no_query_can_make_a_gpu_without_scripts_seem_shared(gpus, tmp_path):
 
 
 def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(gpus, queue):
+    queue.change(LINGER=0.5, LOOK_AROUND=0.2)
     gpus.have(1)
     queue.add('a.sh', queue.gate())
     queue.add('b.sh')
@@ -1770,6 +1786,7 @@ def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(g
 # --- Rule 4: killing the poller kills no work -------------------------------------------------------------------------
 
 def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('ends-well.sh', queue.gate('one') + 'echo well')
     queue.add('fails.sh', queue.gate('one') + 'echo bad; exit 7')
     queue.add('runs-on.sh', queue.gate('two') + 'echo on; exit 8')
@@ -1928,6 +1945,7 @@ def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(que
 
 
 def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
+    queue.change(OVERDUE=0.3, LOOK_AROUND=0.2)
     queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
     first = queue.start('--workers', '1')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
@@ -2099,6 +2117,7 @@ def test_why_a_first_line_made_a_script_fail_is_said_and_what_to_put_there(queue
 
 @pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
 def test_a_folder_that_cannot_be_read_for_a_while_is_said_and_looked_at_again(queue, tmp_path, number):
+    queue.change(LOOK_AROUND=0.2)
     (tmp_path / 'sitecustomize.py').write_text(f"""
 import os
 listdir = os.listdir
@@ -2196,6 +2215,7 @@ def test_max_used_is_an_option(gpus, queue):
 
 
 def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, queue):
+    queue.change(LOOK_AROUND=0.2)
     gpus.have(4)
     me = f'pid {os.getpid()} ({Path("/proc/self/comm").read_text().strip()} of {USER})'
     gpus.gpus[0].update(used=23654, pids=[os.getpid(), 2**22 + 1])
@@ -2231,6 +2251,7 @@ def test_the_log_of_who_waits_tells_who_has_a_gpu_once_a_minute(queues):
 
 
 def test_the_memory_of_a_script_that_just_ended_is_no_news(gpus, queue):
+    queue.change(LINGER=2.5, LOOK_AROUND=0.2)
     gpus.have(1)
     for name in 'ab':
         queue.add(name, queue.gate(name))
@@ -2310,6 +2331,7 @@ def test_who_stands_still_while_he_asks_the_driver_is_told_to_others(gpus, queue
     place = ResourcePoolGPU(queues[1].path).place(0)
     fd = fastgpu.open_lock(place.path)
     assert place.asking.lock(fd)
+    queues[0].change(OVERDUE=0.3)
     queues[0].add('a')
     poller = queues[0].start('--exit', '1')
     said = f'gpu 0 busy: another poller asks the driver, without an answer (fuser -v {place.path})'
@@ -2333,6 +2355,7 @@ def test_more_gpus_than_there_are_fails_at_once_and_says_so(gpus, queue):
 
 
 def test_a_script_that_needs_more_gpus_than_can_be_used_now_says_so(gpus, queue):
+    queue.change(LOOK_AROUND=0.2)
     gpus.change(1, memory=15)
     queue.add('a.sh', '#SBATCH --gpus=2')
     poller = queue.start('--exit', '1')
@@ -2409,6 +2432,7 @@ def test_slots_do_not_rest(queue):
 # --- Rule 7: the folders stay true ------------------------------------------------------------------------------------
 
 def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
+    queue.change(LOOK_AROUND=0.2)
     for name in 'moved.sh', 'removed.sh':
         queue.add(name, f'echo ready >> {queue.q}/{name}; exec sleep 1000')
     poller = queue.start('--workers', '2', '--exit', '0')
@@ -2429,6 +2453,7 @@ def test_mv_or_rm_of_a_running_script_cancels_it_and_leaves_the_file(queue):
 
 
 def test_mv_of_a_running_script_back_to_to_run_starts_it_anew_when_it_has_ended(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', 'trap "sleep 0.3; echo end; exit 1" TERM; echo start; while :; do sleep 0.01; done')
     poller = queue.start('--workers', '2')
     until(lambda: queue.has_out('a.sh.stdout'))
@@ -2443,6 +2468,7 @@ def test_mv_of_a_running_script_back_to_to_run_starts_it_anew_when_it_has_ended(
 
 
 def test_cancelling_works_for_the_script_of_a_dead_poller_too(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', 'echo ready; exec sleep 1000')
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
@@ -2520,6 +2546,7 @@ def test_the_folders_of_what_ended_are_made_anew_when_they_are_missing(queue, fo
 
 
 def test_a_script_is_not_cancelled_because_its_folder_cannot_be_seen(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', 'echo ready; ' + queue.gate() + 'echo end')
     poller = queue.start('--workers', '1', log=queue.path.parent / 'log')
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
@@ -2533,6 +2560,7 @@ def test_a_script_is_not_cancelled_because_its_folder_cannot_be_seen(queue):
 
 
 def test_a_folder_of_the_queue_that_is_replaced_ends_its_poller_and_cancels_nothing(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', queue.gate())
     poller = queue.start('--workers', '1')
     queue.pid('a.sh')
@@ -2544,6 +2572,7 @@ def test_a_folder_of_the_queue_that_is_replaced_ends_its_poller_and_cancels_noth
 
 
 def test_a_queue_that_vanishes_ends_its_poller_with_one_line(queue):
+    queue.change(LOOK_AROUND=0.2)
     poller = queue.start('--workers', '1', '--exit', '0', log=queue.path.parent / 'log')
     queue.let_look(poller)
     os.rename(queue.path, queue.path.parent / 'elsewhere')
@@ -2554,6 +2583,7 @@ def test_a_queue_that_vanishes_ends_its_poller_with_one_line(queue):
 
 @pytest.mark.parametrize('another', [False, True], ids=['and nothing is there', 'and another is made there'])
 def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue, another):
+    queue.change(LOOK_AROUND=0.2)
     for name in 'ab':
         queue.add(name, queue.gate('gate-of-all'))
     queue.add('c', queue.gate('first'))
@@ -2579,6 +2609,7 @@ def test_a_queue_that_is_moved_ends_its_poller_and_its_scripts_run_on(queue, ano
 
 
 def test_a_script_that_ends_in_a_queue_that_was_moved_keeps_its_status_and_is_known_by_the_next_poller(queue):
+    queue.change(LOOK_AROUND=0.2)
     ran = f'{queue.q}-ran'
     for name in 'ab':
         queue.add(name, f'echo ran >> {ran}; while ! [ -e {queue.q}-{name} ]; do sleep 0.01; done; exit 3')
@@ -2798,6 +2829,7 @@ def test_what_is_kept_is_free_when_nobody_needs_it_any_more(gpus, queues, end):
 def test_what_cannot_be_met_now_keeps_nothing(gpus, queues):
     gpus.have(2)
     gpus.change(1, action=1)
+    queues[0].change(LOOK_AROUND=0.2)
     queues[0].add('big', '#SBATCH --gpus=2')
     wants = queues[0].start('--exit', '1')
     until(lambda: '(only 1 can be used now)' in wants.log())
@@ -3044,6 +3076,7 @@ def test_the_warning_of_the_old_package_pynvml_does_not_reach_the_user(gpus, que
 @pytest.mark.parametrize(('gone', 'words'), [(1, 'Uninitialized'), (9, 'Driver Not Loaded'),
                                              (18, 'NVML/RM version mismatch')])
 def test_a_driver_that_goes_is_told_once_and_used_again_when_it_is_back(gpus, queue, gone, words):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', queue.gate())
     poller = queue.start('--exit', '1')
     until(lambda: queue.names('running') == ['a.sh'])
@@ -3375,6 +3408,7 @@ def test_nvidia_smi_serves_and_is_said_to_once(smi, queue):
 
 
 def test_nvidia_smi_has_the_same_rule_and_the_same_messages(smi, queue):
+    queue.change(LOOK_AROUND=0.2)
     smi.gpu(A, (2**22 + 1, 'C', '300 MiB'), used='23654 MiB')
     smi.gpu(B, action='Reset')
     queue.add('a.sh')
@@ -3396,6 +3430,7 @@ def test_nvidia_smi_has_the_same_rule_and_the_same_messages(smi, queue):
 
 
 def test_one_gpu_that_nvidia_smi_cannot_reach_is_unusable_and_the_driver_not_gone(smi, queue):
+    queue.change(LOOK_AROUND=0.2)
     smi.gpu(B, (4121, 'C', '300 MiB'))
     queue.add('a.sh', SEES)
     poller = queue.start('--exit', '0')
@@ -3685,6 +3720,7 @@ def test_a_signal_is_heeded_between_two_questions_to_a_driver_that_hangs(gpus, q
 
 
 def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
+    queue.change(LOOK_AROUND=0.2)
     (tmp_path / 'sitecustomize.py').write_text("""
 import os
 listdir = os.listdir
@@ -3788,6 +3824,7 @@ def test_stop_kills_what_ignores_term(queue, monkeypatch):
 
 
 def test_grandchildren_die_with_a_script_that_is_stopped(queue):
+    queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', '(trap "" TERM; sh -c "echo \\$PPID"; while :; do sleep 0.01; done) & wait')
     poller = queue.start('--workers', '1')
     grandchild = int(until(lambda: queue.has_out('a.sh.stdout')))
@@ -3798,6 +3835,7 @@ def test_grandchildren_die_with_a_script_that_is_stopped(queue):
 
 
 def test_stopping_reaches_through_a_wrapper_that_makes_a_process_group_of_its_own(queue):
+    queue.change(GRACE=1.5)
     queue.add('a.sh', f'trap "echo saved; exit 0" TERM; echo start; {queue.gate()}')
     queue.add('b.sh', f'trap "" TERM; echo $$; {queue.gate()}')
     poller = queue.start('--workers', '2', '--wrapper', 'timeout 600')
@@ -4264,6 +4302,7 @@ def test_status_of_an_empty_queue(gpus, queue):
 
 
 def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue):
+    queue.change(LOOK_AROUND=0.2)
     gpus.have(4)
     gpus.change(1, pids=[2**22 + 1], used=4096)
     gpus.change(2, memory=15)
