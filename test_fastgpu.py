@@ -717,7 +717,7 @@ def test_just_written_is_by_the_clock_of_the_file_system_not_by_ours(queue, tmp_
         file.write('#!/bin/sh\n')
     written = [time.monotonic()] * len(files)
     gaps = [0.0] * len(files)
-    for _, (number, file) in itertools.product(range(25), list(enumerate(files))):  # as copies over a slow line
+    for _, (number, file) in itertools.product(range(12), list(enumerate(files))):  # as copies over a slow line
         time.sleep(0.005)
         file.write('echo one more line\n')
         gaps[number] = max(gaps[number], time.monotonic() - written[number])
@@ -728,7 +728,7 @@ def test_just_written_is_by_the_clock_of_the_file_system_not_by_ours(queue, tmp_
     until(lambda: len(queue.names('complete') + queue.names('fail')) == len(files))
     for number, gap in enumerate(gaps):
         if gap < fastgpu.JUST_WRITTEN * 0.9:  # the line was not so slow, for this one
-            assert queue.out(f'{number}.sh.stdout') == 'one more line\n' * 25
+            assert queue.out(f'{number}.sh.stdout') == 'one more line\n' * 12
     poller.kill()
 
 
@@ -1116,6 +1116,7 @@ def test_a_script_that_kills_its_own_group_each_time_fails_the_second_time(queue
 CRASH = """
 import os, signal, sys, fastgpu
 left = int(sys.argv.pop(1))
+fastgpu.LOOK_AROUND = 0.1
 def step():
     global left
     left -= 1
@@ -1140,6 +1141,7 @@ sys.exit(fastgpu.main())
 def test_a_crash_at_any_step_loses_nothing_and_repeats_nothing(tmp_path, body, stride):
     for number in itertools.count(1, stride):
         queue = Queue(tmp_path / str(number))
+        queue.change(LOOK_AROUND=0.1)
         for name in 'a', 'b':  # the second starts before the first is filed
             queue.add(f'{name}.sh', f'echo run >> {queue.q}/{name}; echo whole; {body}')
         crashing = queue.start(str(number), '--workers', '1', command=(sys.executable, '-c', CRASH), cwd=MODULE.parent)
@@ -1309,16 +1311,16 @@ def test_no_more_descriptors_at_any_step_is_no_reason_to_lose_a_script(queue):
 
 # --- Rule 2: each script runs once ------------------------------------------------------------------------------------
 
-def test_two_pollers_run_200_scripts_once_each(queue):
+def test_two_pollers_run_100_scripts_once_each(queue):
     ran = queue.path / 'ran'
-    for n in range(200):
+    for n in range(100):
         queue.add(f'{n:03}.sh', f'echo {n:03}.sh >> {shlex.quote(str(ran))}')
     pollers = [queue.start('--workers', '2') for _ in range(2)]
     assert [poller.wait(60) for poller in pollers] == [0, 0]
-    assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(200)})
+    assert Counter(ran.read_text().split()) == Counter({f'{n:03}.sh': 1 for n in range(100)})
     assert set(queue.all().values()) == {'complete'}
-    assert len(queue.names('complete')) == 200
-    assert len(queue.names('out')) == 800
+    assert len(queue.names('complete')) == 100
+    assert len(queue.names('out')) == 400
 
 
 def test_two_claims_of_one_name_are_two_runs(queue):
@@ -1408,18 +1410,19 @@ def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_aga
 
 
 def test_a_script_that_ends_right_after_its_shim_was_killed_does_not_run_again(queue):
-    for _ in range(3):
-        (queue.path / 'ran').unlink(missing_ok=True)
-        queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
-        poller = queue.start('--workers', '1')
-        until(lambda: (queue.path / 'ran').exists())
-        os.kill(queue.pid(until(lambda: queue.names('running'))[0]), signal.SIGKILL)
-        time.sleep(random.random() / 20)
-        queue.open_gate()
-        assert poller.wait(30) in (0, 1)
-        if (queue.path / 'ran').read_text() != 'run\n':  # its poller had no chance to see that it lived
-            assert 'cut off' in poller.log()
-        (queue.path / 'gate').unlink()
+    queue.change(LOOK_AROUND=600)  # what it notes of that, it notes at once
+    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
+    poller = queue.start('--workers', '1')
+    until(lambda: (queue.path / 'ran').exists())
+    os.kill(queue.pid('a.sh'), signal.SIGKILL)
+    until(lambda: queue.record('a.sh').get('shim_killed'))
+    poller.kill()
+    poller.wait()
+    queue.open_gate()
+    queue.change(LOOK_AROUND=0.2)
+    assert queue.poll('--workers', '1')[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert (queue.path / 'ran').read_text() == 'run\n'
 
 
 @pytest.mark.parametrize('wrapper', ['', '--wrapper=closing'])
@@ -1768,17 +1771,17 @@ def test_a_gpu_on_which_our_own_script_left_a_process_is_not_handed_to_the_next(
 
 def test_a_gpu_on_which_a_script_left_something_rests_until_that_would_be_seen(gpus, queue, monkeypatch, capsys):
     gpus.have(1)
-    monkeypatch.setattr(fastgpu, 'SHOWS', 3.0)
+    monkeypatch.setattr(fastgpu, 'SHOWS', 2.0)
     queue.add('a.sh', f'({queue.gate()}) & echo $!')
-    queue.add('b.sh', 'sleep 1')  # which ends in between on the same GPU
+    queue.add('b.sh', 'sleep 0.3')  # which ends in between on the same GPU
     queue.add('c.sh')
     assert ResourcePoolGPU(queue.path, per_gpu=2).poll_scripts() == 0
     log = capsys.readouterr().err
     pid = int(queue.out('a.sh.stdout'))
     assert re.search(rf'gpu 0: a.sh left something running \(pid (\d+, )?{pid}(, \d+)?\): let the script ', log)
-    assert 'gpu 0 busy: a.sh left something running: waiting 3 s to see whether that uses it' in log
+    assert 'gpu 0 busy: a.sh left something running: waiting 2 s to see whether that uses it' in log
     assert pid in queue.record('a.sh')['left_behind']
-    assert queue.record('c.sh')['started'] - queue.record('a.sh')['finished'] > 2.5
+    assert queue.record('c.sh')['started'] - queue.record('a.sh')['finished'] > 1.9
     assert 'left_behind' not in queue.record('b.sh')
     queue.open_gate()
 
@@ -2145,12 +2148,16 @@ os.listdir = fails
     ('stat', 'to_run/a.sh', ''), ('open', 'out/b.sh.json', 'cannot file b.sh now: '),
     ('stat', 'out/a.sh.json', 'cannot start a.sh now: ')])
 def test_one_failed_look_at_a_file_is_no_verdict_on_it(queue, tmp_path, call, where, said):
-    away = tmp_path / 'away'
+    queue.change(LOOK_AROUND=0.2)
+    away, failed = tmp_path / 'away', tmp_path / 'failed'
+    failed.touch()
     (tmp_path / 'sitecustomize.py').write_text(f"""
 import functools, os
 right = os.{call}
 def fails(path, *args, **kwargs):
     if str(path).endswith({where!r}) and os.access({str(away)!r}, os.F_OK):
+        with open({str(failed)!r}, 'a') as file:
+            file.write('x')
         raise OSError(5, os.strerror(5), path)
     return right(path, *args, **kwargs)
 os.{call} = functools.partial(fails)  # not a function, which in a class (pathlib of 3.9) would become a method
@@ -2169,8 +2176,8 @@ os.{call} = functools.partial(fails)  # not a function, which in a class (pathli
     else:
         queue.open_gate()
         until(lambda: queue.names('complete') == ['b.sh'])
-    looked = time.monotonic() + 1.2  # it looks around each second
-    until(lambda: time.monotonic() > looked)
+    looked = len(failed.read_text())
+    until(lambda: len(failed.read_text()) > looked + 2)
     assert second.poll() is None
     assert 'mv ' not in second.log()
     away.unlink()
@@ -2241,7 +2248,7 @@ def test_why_a_script_waits_is_logged_once_per_change_with_a_line_per_gpu(gpus, 
 
 
 def test_the_log_of_who_waits_tells_who_has_a_gpu_once_a_minute(queues):
-    for n in range(30):
+    for n in range(12):
         queues[0].add(f'{n:02}', 'sleep 0.01')
         queues[1].add(f'{n:02}', 'sleep 0.01')
     pollers = [queue.start('--exit', '1') for queue in queues[:2]]
@@ -2672,11 +2679,11 @@ def test_queues_that_wait_for_a_gpu_get_it_in_turn(queues, number):
 
 
 def test_pollers_of_one_queue_share_a_slot_in_turn(queue):
-    for n in range(24):
+    for n in range(16):
         queue.add(f'{n:02}', f'echo $PPID >/dev/null; echo $POLLER >> {queue.q}/ran; sleep 0.01')
     pollers = [queue.start('--workers', '1', env={**os.environ, 'POLLER': name}) for name in 'ab']
     assert [poller.wait(60) for poller in pollers] == [0, 0]
-    assert min(Counter((queue.path / 'ran').read_text().split()).values()) >= 6
+    assert min(Counter((queue.path / 'ran').read_text().split()).values()) >= 4
 
 
 def test_whose_script_just_left_a_gpu_lets_those_go_first_who_waited(gpus, tmp_path):
@@ -2706,7 +2713,7 @@ def test_who_waits_and_cannot_take_what_is_free_does_not_change_the_turns_of_oth
     if why == 'stopped':
         poller.send_signal(signal.SIGSTOP)
     for queue in others:
-        for n in range(1, 9):
+        for n in range(1, 6):
             queue.add(f'{n:02}', 'sleep 0.05')
     second = others[1].start('--exit', '1')
     until(lambda: 'gpu 0 busy' in second.log())
@@ -2763,7 +2770,7 @@ def test_pollers_that_want_all_gpus_do_not_block_each_other(gpus, tmp_path):
 
 def test_pollers_that_want_all_gpus_get_them_however_slow_the_driver_is(gpus, tmp_path):
     for gpu in gpus.gpus:
-        gpu['delay'] = 0.2
+        gpu['delay'] = 0.1
     gpus.save()
     queues = [Queue(tmp_path / name) for name in ('q1', 'q2')]
     for queue in queues:
@@ -3257,8 +3264,10 @@ def test_a_gpu_that_needs_a_reset_is_unusable(gpus, pool, action, words):
 
 # --- GPUs: when the driver is asked -----------------------------------------------------------------------------------
 
-def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
-    poller = queue.start('--exit', '0')
+@pytest.mark.parametrize('places', [1, 8])
+def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second_however_many_places_a_gpu_has(gpus, queue, places):
+    queue.change(LOOK_AROUND=0.3)  # that second
+    poller = queue.start('--exit', '0', '--per-gpu', str(places))
     queue.add('a.sh')
     until(lambda: queue.names('complete') == ['a.sh'])
     assert len(gpus.calls('memory')) == 1
@@ -3270,29 +3279,23 @@ def test_nvml_is_asked_only_while_a_script_waits_and_once_a_second(gpus, queue):
     until(lambda: len(gpus.calls('memory')) >= 7)
     for gpu in gpus.gpus:
         times = [seconds for uuid, seconds in gpus.calls('memory')[1:] if uuid == gpu['uuid']]
-        assert all(later - earlier >= 0.99 for earlier, later in zip(times, times[1:]))
+        assert all(later - earlier >= 0.29 for earlier, later in zip(times, times[1:]))
     assert poller.poll() is None
 
 
-def test_the_driver_is_asked_once_a_second_for_a_gpu_however_many_places_it_has(gpus, queue):
-    gpus.set({'uuid': A, 'total': 10240, 'used': 3000})
-    queue.add('a.sh')
-    poller = queue.start('--exit', '0', '--per-gpu', '8')
-    until(lambda: len(gpus.calls('memory')) >= 3)
-    poller.kill()
-    times = [seconds for _, seconds in gpus.calls('memory')]
-    assert min(later - earlier for earlier, later in zip(times, times[1:])) > 0.9
-
-
 def test_a_gpu_that_our_own_script_left_is_asked_at_once(gpus, queue):
-    gpus.have(1)
-    for n in range(8):
-        queue.add(f'{n}.sh', 'sleep 0.1')
-    poller = queue.start('--exit', '1')
+    gpus.set({'uuid': A, 'total': 10240})
+    queue.change(LOOK_AROUND=600)  # when it is asked again otherwise
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--exit', '1', '--per-gpu', '2')
+    queue.pid('a.sh')
+    gpus.change(0, used=6000)
+    queue.add('b.sh')
+    until(lambda: 'gpu 0.1 busy' in poller.log())
+    gpus.change(0, used=500)
+    queue.open_gate()
     assert poller.wait(30) == 0
-    runs = [queue.record(f'{n}.sh') for n in range(8)]
-    gaps = sorted(after['started'] - before['finished'] for before, after in zip(runs, runs[1:]))
-    assert gaps[4] < 1  # the median: no wait for the next second
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
 
 
 def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gpus, queue):
@@ -3310,7 +3313,7 @@ def test_gpus_that_were_too_few_are_tried_again_at_once_when_one_of_ours_ends(gp
 def test_a_slow_driver_delays_the_notice_of_an_end_by_one_call_at_most(gpus, queue):
     gpus.have(4)
     for n in range(1, 4):
-        gpus.gpus[n].update(delay=0.3, pids=[1])
+        gpus.gpus[n].update(delay=0.1, pids=[1])
     gpus.save()
     queue.add('a.sh', queue.gate())
     queue.add('b.sh')
@@ -3709,7 +3712,7 @@ def test_a_signal_is_heeded_while_there_is_always_something_to_start(gpus, queue
 def test_a_signal_is_heeded_between_two_questions_to_a_driver_that_hangs(gpus, queue):
     gpus.have(3)
     for number in range(3):
-        gpus.change(number, delay=3)
+        gpus.change(number, delay=1.5)
     queue.add('a.sh', '#SBATCH --gpus=3\n')
     poller = queue.start('--exit', '0')
     until(lambda: gpus.calls('memory'))
