@@ -168,20 +168,16 @@ class Queue:
         return until(lambda: self.has_out(f'{name}.json') and self.record(name).get('pid'))
 
 
+def kill(process):
+    process.kill()
+    process.wait()
+
+
 def kill_holding(poller, queue, name, locks):
     """Kill a poller whose script `name` runs when a lock file in `locks` says so, which comes after its record."""
     until(lambda: queue.names('running') == [name] and 'pid' in queue.record(name))
     until(lambda: any(f'runs {name} of' in file.read_text() for file in Path(locks).glob('*.lock')))
-    poller.kill()
-    poller.wait()
-
-
-def children(pid):
-    """Return the pids of the children of a process, as far as they still live."""
-    with contextlib.suppress(OSError):
-        return [pid for pid in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-                if os.path.exists(f'/proc/{pid}')]
-    return []
+    kill(poller)
 
 
 def started_by(mark):
@@ -218,8 +214,7 @@ def queue(tmp_path):
     queue = Queue(tmp_path / 'q')
     yield queue
     for poller in queue.pollers:
-        poller.kill()
-        poller.wait()
+        kill(poller)
 
 
 @pytest.fixture
@@ -254,8 +249,7 @@ def small_disk(tmp_path):
     queue = Queue(path)
     yield queue
     for poller in queue.pollers:
-        poller.kill()
-        poller.wait()
+        kill(poller)
     until(lambda: subprocess.run(['umount', path], check=False, capture_output=True).returncode == 0)
 
 
@@ -515,8 +509,7 @@ def queues(tmp_path, gpus):
     queues = [Queue(tmp_path / f'q{n}') for n in range(4)]
     yield queues
     for poller in itertools.chain(*(queue.pollers for queue in queues)):
-        poller.kill()
-        poller.wait()
+        kill(poller)
 
 
 def in_turn(queues):
@@ -531,8 +524,7 @@ def mps(tmp_path):
     shutil.copy(shutil.which('sleep'), tmp_path / 'nvidia-cuda-mps-server')
     process = subprocess.Popen([tmp_path / 'nvidia-cuda-mps-server', '100'])
     yield process.pid
-    process.kill()
-    process.wait()
+    kill(process)
 
 
 def mig_box(gpus):
@@ -842,14 +834,12 @@ def test_a_lock_is_inherited_and_given_back_by_whoever_holds_it(tmp_path):
     other = fastgpu.open_lock(path)
     os.close(fd)
     assert not Place(path).lock(other)
-    child.kill()
-    child.wait()
+    kill(child)
     assert Place(path).lock(other)
     child = subprocess.Popen(['sleep', '1000'], pass_fds=[other])
     Place(path).unlock(other)
     assert take_lock(path) is not None
-    child.kill()
-    child.wait()
+    kill(child)
 
 
 def test_a_lock_file_can_be_opened_by_all_users_whatever_the_umask_and_is_not_cleaned_away(tmp_path):
@@ -893,8 +883,7 @@ def test_who_only_looks_takes_no_turn_from_who_starts(tmp_path):
         assert pool.lock_next() == 0
         pool.unlock(0)
     for each in onlookers:
-        each.kill()
-        each.wait()
+        kill(each)
 
 
 def test_what_is_not_a_lock_file_is_refused_and_untouched(tmp_path):
@@ -1075,8 +1064,7 @@ def test_what_was_cut_off_is_run_again_under_its_own_name(queue):
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     queue.pid('a.sh')
-    first.kill()
-    first.wait()
+    kill(first)
     os.killpg(queue.pid('a.sh'), signal.SIGKILL)  # as the power would
     queue.open_gate()
     status, log = queue.poll('--workers', '1')
@@ -1093,8 +1081,7 @@ def test_what_was_cut_off_does_not_overwrite_its_successor(queue):
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     queue.pid('a.sh')
-    first.kill()
-    first.wait()
+    kill(first)
     os.killpg(queue.pid('a.sh'), signal.SIGKILL)
     queue.add('a.sh', 'echo new', mode=0o644)
     second = queue.start('--workers', '1', '--exit', '0')
@@ -1362,8 +1349,7 @@ def test_a_status_that_neither_shim_nor_poller_could_write_is_unknown_and_the_sc
     queue.add('a.sh', f'cd {shlex.quote(str(tmp_path))}; {wait}; echo x >> ran; exit 5')
     poller = queue.start('--workers', '1', log=tmp_path / 'log')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    poller.kill()
-    poller.wait()
+    kill(poller)
     filler = fill(queue.path)
     (tmp_path / 'full').touch()
     until(lambda: 'a.sh.exitcode' in queue.names('out'))
@@ -1416,8 +1402,7 @@ def test_a_script_that_ends_right_after_its_shim_was_killed_does_not_run_again(q
     until(lambda: (queue.path / 'ran').exists())
     os.kill(queue.pid('a.sh'), signal.SIGKILL)
     until(lambda: queue.record('a.sh').get('shim_killed'))
-    poller.kill()
-    poller.wait()
+    kill(poller)
     queue.open_gate()
     queue.change(LOOK_AROUND=0.2)
     assert queue.poll('--workers', '1')[0] == 1
@@ -1513,8 +1498,7 @@ def test_pollers_of_two_hosts_share_a_queue_and_leave_each_others_runs_alone(que
     other = pollers[1 - owner]
     assert other.wait(30) == 0  # what runs elsewhere is not waited for
     assert queue.names('running') == ['00']
-    pollers[owner].kill()
-    pollers[owner].wait()
+    kill(pollers[owner])
     os.killpg(queue.pid('00'), signal.SIGKILL)
     third = queue.start('--workers', '1', command=hosts[1 - owner])
     assert third.wait(30) == 0
@@ -1796,8 +1780,7 @@ def test_kill_9_of_the_poller_kills_no_work_and_the_next_one_files_it(queue):
     queue.add('waits.sh', 'echo waited')
     first = queue.start('--workers', '3')
     until(lambda: len(queue.names('running')) == 3 and all('pid' in queue.record(n) for n in queue.names('running')))
-    first.kill()
-    first.wait()
+    kill(first)
     queue.open_gate('one')
     until(lambda: queue.has_out('ends-well.sh.exitcode') and queue.has_out('fails.sh.exitcode'))
     assert len(queue.names('running')) == 3
@@ -1841,8 +1824,7 @@ def test_term_to_its_group_does_not_cost_a_script_its_status(queue):
     queue.add('a.sh', TRAP.format(6))
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    poller.kill()
-    poller.wait()
+    kill(poller)
     os.killpg(queue.pid('a.sh'), signal.SIGTERM)
     until(lambda: queue.has_out('a.sh.exitcode'))
     assert queue.out('a.sh.exitcode') == '6'
@@ -1854,8 +1836,7 @@ def test_resources_that_json_does_not_know_are_filed_by_the_next_poller_too(queu
     first = subprocess.Popen([sys.executable, '-c', api], cwd=queue.path,
                              env={**os.environ, 'PYTHONPATH': str(MODULE.parent)})
     queue.pid('a.sh')
-    first.kill()
-    first.wait()
+    kill(first)
     queue.open_gate()
     assert queue.poll()[0] == 0
     assert queue.all() == {'a.sh': 'complete'}
@@ -1867,8 +1848,7 @@ def test_a_container_that_is_started_anew_under_another_name_files_what_ended(qu
     first = queue.start('--workers', '2', command=on_host('before'))
     for name in 'ended.sh', 'runs.sh':
         queue.pid(name)
-    first.kill()
-    first.wait()
+    kill(first)
     queue.open_gate('end')
     second = queue.start('--workers', '2', command=on_host('after'))
     until(lambda: 'waiting for runs.sh, which runs without this poller' in second.log())
@@ -1890,8 +1870,7 @@ def test_after_a_reboot_what_ended_is_filed_and_what_was_cut_off_runs_again(queu
     first.send_signal(signal.SIGSTOP)
     queue.open_gate()
     until(lambda: queue.has_out('ended.sh.exitcode'))
-    first.kill()
-    first.wait()
+    kill(first)
     os.killpg(queue.pid('cut.sh'), signal.SIGKILL)
     assert queue.all() == {'cut.sh': 'running', 'ended.sh': 'running'}
     queue.open_gate('never')
@@ -1939,8 +1918,7 @@ def test_a_daemon_of_an_earlier_script_does_not_hold_the_lock_of_a_later_one(que
     queue.add('b.sh', f'echo; {queue.gate("second")}')
     poller = queue.start('--workers', '1')
     until(lambda: queue.has_out('b.sh.stdout'))
-    poller.kill()
-    poller.wait()
+    kill(poller)
     queue.open_gate('second')
     until(lambda: queue.has_out('b.sh.exitcode'))
     until(lambda: FixedWorkerPool([0], queue.path).find_next() == 0)
@@ -1952,8 +1930,7 @@ def test_a_dead_pollers_ended_script_is_filed_though_its_daemon_lives(queue):
     queue.add('a.sh', queue.gate('one') + f'({queue.gate()}) & exit 5')
     first = queue.start('--workers', '1')
     until(lambda: queue.names('running') == ['a.sh'] and 'pid' in queue.record('a.sh'))
-    first.kill()
-    first.wait()
+    kill(first)
     queue.open_gate('one')
     assert queue.poll('--workers', '1')[0] == 1
     assert queue.all() == {'a.sh': 'fail'}
@@ -2165,8 +2142,7 @@ os.{call} = functools.partial(fails)  # not a function, which in a class (pathli
     queue.add('b.sh', queue.gate())
     first = queue.start('--workers', '2')
     queue.pid('b.sh')
-    first.kill()
-    first.wait()
+    kill(first)
     second = queue.start('--workers', '2', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     until(lambda: 'waiting for b.sh' in second.log())
     away.touch()
@@ -2479,8 +2455,7 @@ def test_cancelling_works_for_the_script_of_a_dead_poller_too(queue):
     queue.add('a.sh', 'echo ready; exec sleep 1000')
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout') and 'pid' in queue.record('a.sh'))
-    first.kill()
-    first.wait()
+    kill(first)
     second = queue.start('--workers', '1')
     until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
     os.rename(queue.path / 'running' / 'a.sh', queue.path / 'fail' / 'a.sh')
@@ -2623,8 +2598,7 @@ def test_a_script_that_ends_in_a_queue_that_was_moved_keeps_its_status_and_is_kn
     poller = queue.start('--workers', '2')
     pids = {queue.pid(name) for name in 'ab'}
     until(lambda: Path(f'{queue.path}-ran').exists() and Path(f'{queue.path}-ran').read_text() == 'ran\nran\n')
-    poller.kill()
-    poller.wait()
+    kill(poller)
     old, queue.path = queue.path, queue.path.rename(f'{queue.path}-moved')
     Path(f'{old}-a').touch()
     until(lambda: queue.has_out('a.exitcode') == '3')
@@ -3786,8 +3760,7 @@ def test_a_term_for_all_puts_the_scripts_of_an_earlier_poller_back_too(queue):
     first = queue.start('--workers', '1')
     until(lambda: queue.has_out('a.sh.stdout'))
     group = queue.pid('a.sh')
-    first.kill()
-    first.wait()
+    kill(first)
     second = queue.start('--workers', '1')
     until(lambda: 'waiting for a.sh' in second.log())
     os.killpg(group, signal.SIGTERM)
@@ -3802,8 +3775,7 @@ def test_the_scripts_of_an_earlier_poller_that_run_on_are_named_when_one_is_stop
     queue.add('a.sh', queue.gate())
     first = queue.start('--workers', '1')
     queue.pid('a.sh')
-    first.kill()
-    first.wait()
+    kill(first)
     second = queue.start('--workers', '1')
     until(lambda: 'waiting for a.sh, which runs without this poller' in second.log())
     second.terminate()
@@ -3856,8 +3828,7 @@ def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
     until(lambda: queue.has_out('a.sh.stdout'))
     poller.send_signal(signal.SIGTERM)
     until(lambda: 'caught' in queue.out('a.sh.stdout'))
-    poller.kill()
-    poller.wait()
+    kill(poller)
     until(lambda: queue.has_out('a.sh.exitcode'))
     poller = queue.start('--workers', '1')
     until(lambda: 'requeue a.sh (status 1' in poller.log())
@@ -3943,8 +3914,7 @@ def test_slurm_steps_outlive_their_poller_and_the_next_one_files_them(queue):
     queue.add('a.sh', f'echo start; {queue.gate()} exit 5')
     poller = queue.start('--workers', '2', '--wrapper', STEP)
     until(lambda: queue.has_out('a.sh.stdout'))
-    poller.kill()
-    poller.wait()
+    kill(poller)
     queue.open_gate()
     until(lambda: queue.has_out('a.sh.exitcode'))
     assert queue.poll('--workers', '2', '--wrapper', STEP)[0] == 1
@@ -4070,8 +4040,7 @@ def test_net_pollers_of_two_hosts_under_kill_9_lose_nothing(net):
         time.sleep(rng.random())
         live.pop(rng.randrange(len(live))).kill()
     for poller in live:
-        poller.kill()
-        poller.wait()
+        kill(poller)
     for host in 'AB':
         assert net.start(host, path).wait(120) == 0
     time.sleep(1)  # names are cached so long
@@ -4136,8 +4105,7 @@ def test_net_a_new_name_on_the_same_kernel_files_what_ended(net):
     net.fill(path, 1, 'sleep 2; exit 3')
     first = net.start('A', path)
     until(lambda: '"pid"' in net.on('A', 'sh', '-c', f'cat {path}/out/1000.json || true'))
-    first.kill()
-    first.wait()
+    kill(first)
     net.on('A', 'hostname', 'another')
     try:
         until(lambda: '1000.exitcode' in net.names(path, 'out'))
@@ -4340,8 +4308,7 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
                      'failed: 4.sh: bad luck \\(.*/out/4.sh.stderr\\)',
                      f'fail 5 · {"1 poller on .* · about .* left" if alive else "no poller on .*"}'):
             assert re.search(f'^.*{line}$', text, re.M), (line, text)
-        poller.kill()
-        poller.wait()
+        kill(poller)
     for some in queue, other:
         some.open_gate()
     resource = until(lambda: [row for row in status(queue)[0]['resources'] if row['state'] == 'ended'])[0]
@@ -4397,8 +4364,7 @@ def test_status_tells_the_pids_of_the_pollers(queue):
     pids = sorted(poller.pid for poller in pollers)
     until(lambda: status(queue, '--workers', '1')[0]['pollers'] == pids)
     assert f' · 2 pollers on {os.uname().nodename} (pid {pids[0]}, {pids[1]})' in status(queue, '--workers', '1')[1]
-    pollers[0].kill()
-    pollers[0].wait()
+    kill(pollers[0])
     assert status(queue, '--workers', '1')[0]['pollers'] == [pollers[1].pid]
     others = [take_lock(fastgpu.Queue(queue.path).alive, pid, 1) for pid in (4194303, 3, 4194301, 2)]
     assert status(queue, '--workers', '1')[0]['pollers'] == [2, 3, pollers[1].pid, 4194301, 4194303]
@@ -4863,8 +4829,7 @@ def test_a_gpu_is_taken_as_long_as_the_command_of_run_lives(gpus, queue, tmp_pat
     busy = f'gpu 0 busy: runs sh of yours (pid {pid}, {tmp_path})\n'
     assert second.stderr.readline().endswith(f' {busy}')
     until(lambda: busy in poller.log())
-    first.kill()
-    first.wait()
+    kill(first)
     assert busy[6:].strip() in status(queue)[1]  # its child still has the lock
     os.kill(child, signal.SIGKILL)
     assert second.communicate(timeout=30)[0] == 'mine\n'
@@ -5062,8 +5027,7 @@ echo {token} >> {path}/ended; echo end; exit {status}"""
             self.random.choice(actions)()
             time.sleep(self.random.random() / 25)
         for poller in self.queue.pollers:  # all: one that was interrupted while Python itself started may go on
-            poller.kill()
-            poller.wait()
+            kill(poller)
         for unread in self.unread:
             os.close(unread)
 
