@@ -2244,7 +2244,8 @@ class Tally:
 
     def summary(self, kind: str, left: int) -> str:
         """Return in one line what was done on resources of a `kind`, where so many scripts are `left`."""
-        times = f'{duration(time.time() - self.began)} ({duration(self.busy_seconds)} of {kind} time)'
+        times = duration(time.time() - self.began)
+        times += f' ({duration(self.busy_seconds)} of {kind} time)' * bool(self.busy_seconds)
         counts = ', '.join(f'{len(names)} {how}' for how, names in self.ended.items() if names or how != 'cancelled')
         return f'{count(self.done(), "script")} in {times}: {counts}' + f', {left} left in to_run' * bool(left)
 
@@ -2936,7 +2937,7 @@ def find_pool(options: argparse.Namespace, only_look: bool = False) -> ResourceP
         if options.mode == 'status':
             complain(f'no GPUs are shown: {error}')
             return FixedWorkerPool([], options.path, only_look)
-        raise FastgpuError(f'{error}; use --workers N to run without GPUs') from None
+        raise FastgpuError(f'{error}; --workers N runs without GPUs') from None
 
 
 if __name__ == '__main__':
