@@ -2415,6 +2415,7 @@ class Poller:
         self.news = News()
         self.pending = Pending(self.queue, self.news)
         self.runs = Runs(pool, self.pending, self.signals, self.news)
+        self.waiting: tuple[str, int] | None = None  # the next script, where it cannot start, and how much it needs
         self.lent: list[Any] = []  # the resources that were locked when `poll_scripts` was called
         self.stop_at: float | None = None  # when we began to stop scripts
         self.gone_at = 0.0  # since when the queue is gone
@@ -2454,6 +2455,7 @@ class Poller:
                 self.news.forget('/queue')
             self.start(hurry=freed)  # before what has ended is collected: no resource waits for that
             self.runs.collect()
+            self.tell_why()  # behind the lines of what started and ended
             done = done or (exit_when_empty and not self.signals and self.is_finished())
         except OSError as error:
             self.bear(error)
@@ -2472,6 +2474,7 @@ class Poller:
 
     def start(self, hurry: bool) -> None:
         """Start what can be started, in a `hurry` because a resource just became free."""
+        self.waiting = None
         while time.monotonic() < self.runs.look_at and not self.signals:
             self.pending.update(hurry)
             name = self.pending.first(self.runs.is_ending)
@@ -2490,21 +2493,26 @@ class Poller:
                 self.pending.hold(name, explain(error))
 
     def start_one(self, name: str) -> bool:
-        """Start the script `name` of to_run if what it needs is free, else say why not; return whether it was."""
-        pool = self.pool
-        number = pool.demand(self.queue.to_run / name)
-        ids = pool.claims.take_some(number, name)
+        """Start the script `name` of to_run if what it needs is free; return whether it was."""
+        number = self.pool.demand(self.queue.to_run / name)
+        ids = self.pool.claims.take_some(number, name)
         for ident in ids:
-            self.news.forget((pool.kind, ident))
+            self.news.forget((self.pool.kind, ident))
         if ids:
             self.run(name, ids)
-            return True
-        self.news.tell_why(pool, pool.all_ids(), self.runs.where)
-        if number > 1:
-            usable = len(pool.claims.usable())
-            what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
-            self.news.say(name, f'{name} waits for {what}, and all behind it wait too')
-        return False
+        else:
+            self.waiting = name, number
+        return bool(ids)
+
+    def tell_why(self) -> None:
+        """Say what the next script waits for, if it does."""
+        if self.waiting:
+            (name, number), pool = self.waiting, self.pool
+            self.news.tell_why(pool, pool.all_ids(), self.runs.where)
+            if number > 1:
+                usable = len(pool.claims.usable())
+                what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
+                self.news.say(name, f'{name} waits for {what}, and all behind it wait too')
 
     def run(self, script: StrPath, ids: Sequence[Any]) -> bool:
         """Do what `ResourcePoolBase.run` says."""

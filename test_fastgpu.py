@@ -2370,7 +2370,9 @@ def test_a_gpu_on_which_three_scripts_in_a_row_fail_at_once_rests_and_its_neighb
     assert len(queue.names('fail')) == 3
     assert len(queue.names('complete')) == 4
     names = ', '.join(sorted(queue.names('fail'), key=lambda name: queue.record(name)['finished']))
-    assert re.search(f'gpu 0 busy: rests until ..:..:..: {names} failed in a row, each within 10 s \\(see their .stderr in', log)
+    assert re.search(f'gpu 0 busy: rests until ..:..:..: {names} failed in a row, each within 10 s \\(see their', log)
+    assert log.index(f'fail {names.split(", ")[-1]}') < log.index('rests until'), 'the reason comes after its cause'
+    assert log.count('rests until') == 1
 
 
 def test_a_rest_is_seen_by_others_gets_longer_and_ends_with_a_script_that_works(gpus, queue, monkeypatch):
@@ -2386,7 +2388,8 @@ def test_a_rest_is_seen_by_others_gets_longer_and_ends_with_a_script_that_works(
         pool.note_end([0], name, True, False)
     assert not pool.is_available(0)
     assert not other.is_available(0)
-    assert re.fullmatch('busy: rests until .*: d, e, f failed in a row, each within 10 s \\(see their .stderr in out\\)', other.reasons[0])
+    assert re.fullmatch('busy: rests until .*: d, e, f failed in a row, each within 10 s .see their .stderr in out.',
+                        other.reasons[0])
     assert ': d, e, f failed in a row' in status(queue)[1]
     assert ResourcePoolGPU(queue.path.parent).is_available(0)  # a broken batch is no reason for other queues
     lengths = []
