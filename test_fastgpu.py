@@ -237,6 +237,27 @@ def fails(number):
     return function
 
 
+def failing(folder, call, where, number=errno.EIO):
+    """Let os.`call` of a path that ends in `where` fail in a poller, with this error, while the file `away` is there.
+
+    Returns the environment of such a poller, that file, and a function that counts how often it failed.
+    """
+    away, failed = folder / 'away', folder / 'failed'
+    failed.touch()
+    (folder / 'sitecustomize.py').write_text(f"""
+import functools, os
+right = os.{call}
+def fails(path='.', *args, **kwargs):
+    if str(path).endswith({where!r}) and os.access({str(away)!r}, os.F_OK):
+        with open({str(failed)!r}, 'a') as file:
+            file.write('x')
+        raise OSError({number}, os.strerror({number}), str(path))
+    return right(path, *args, **kwargs)
+os.{call} = functools.partial(fails)  # not a function, which in a class (pathlib of 3.9) would become a method
+""")
+    return {**os.environ, 'PYTHONPATH': str(folder)}, away, lambda: len(failed.read_text())
+
+
 def on_host(name, boot=None, command=COMMAND):
     """Return the words that run `command` on a host of that name; the file `boot` has its kernel's boot id."""
     words = ['unshare', '--uts', '--mount', 'sh', '-c', 'hostname "$0" && '
@@ -899,6 +920,7 @@ def test_who_only_looks_takes_no_turn_from_who_starts(tmp_path):
     for _ in range(500):
         assert pool.lock_next() == 0
         pool.unlock(0)
+    assert [each.poll() for each in onlookers] == [None, None]  # they looked all the time
     for each in onlookers:
         kill(each)
 
@@ -2115,26 +2137,18 @@ def test_why_a_first_line_made_a_script_fail_is_said_and_what_to_put_there(queue
 
 @pytest.mark.parametrize('number', [errno.EIO, errno.ESTALE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
 def test_a_folder_that_cannot_be_read_for_a_while_is_said_and_looked_at_again(queue, tmp_path, number):
-    queue.change(LOOK_AROUND=0.2)
-    (tmp_path / 'sitecustomize.py').write_text(f"""
-import os
-listdir = os.listdir
-def fails(path='.'):
-    if str(path).endswith('running') and os.path.exists({str(tmp_path / 'away')!r}):
-        raise OSError({number}, os.strerror({number}), str(path))
-    return listdir(path)
-os.listdir = fails
-""")
+    queue.change(LOOK_AROUND=0.1)
+    env, away, times = failing(tmp_path, 'listdir', 'running', number)
     queue.add('a.sh', queue.gate())
-    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    poller = queue.start('--workers', '1', env=env)
     queue.pid('a.sh')
-    (tmp_path / 'away').touch()
+    away.touch()
     said = f'cannot see the queue now: {queue.path}/running: {os.strerror(number)}; trying again'
-    until(lambda: said in poller.log())
+    until(lambda: said in poller.log() and times() > 3)
     queue.open_gate()
     until(lambda: queue.names('complete') == ['a.sh'])  # which needs no look there
     assert poller.poll() is None
-    (tmp_path / 'away').unlink()
+    away.unlink()
     assert poller.wait(30) == 0
     assert poller.log().count('cannot see') == 1
 
@@ -2144,24 +2158,12 @@ os.listdir = fails
     ('stat', 'out/a.sh.json', 'cannot start a.sh now: ')])
 def test_one_failed_look_at_a_file_is_no_verdict_on_it(queue, tmp_path, call, where, said):
     queue.change(LOOK_AROUND=0.2)
-    away, failed = tmp_path / 'away', tmp_path / 'failed'
-    failed.touch()
-    (tmp_path / 'sitecustomize.py').write_text(f"""
-import functools, os
-right = os.{call}
-def fails(path, *args, **kwargs):
-    if str(path).endswith({where!r}) and os.access({str(away)!r}, os.F_OK):
-        with open({str(failed)!r}, 'a') as file:
-            file.write('x')
-        raise OSError(5, os.strerror(5), path)
-    return right(path, *args, **kwargs)
-os.{call} = functools.partial(fails)  # not a function, which in a class (pathlib of 3.9) would become a method
-""")
+    env, away, times = failing(tmp_path, call, where)
     queue.add('b.sh', queue.gate())
     first = queue.start('--workers', '2')
     queue.pid('b.sh')
     kill(first)
-    second = queue.start('--workers', '2', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    second = queue.start('--workers', '2', env=env)
     until(lambda: 'waiting for b.sh' in second.log())
     away.touch()
     queue.add('a.sh')
@@ -2170,8 +2172,8 @@ os.{call} = functools.partial(fails)  # not a function, which in a class (pathli
     else:
         queue.open_gate()
         until(lambda: queue.names('complete') == ['b.sh'])
-    looked = len(failed.read_text())
-    until(lambda: len(failed.read_text()) > looked + 2)
+    looked = times()
+    until(lambda: times() > looked + 2)
     assert second.poll() is None
     assert 'mv ' not in second.log()
     away.unlink()
@@ -2421,6 +2423,7 @@ def test_slots_do_not_rest(queue):
     for name in '123456':
         queue.add(name, 'exit 3')
     assert 'rests' not in queue.poll('--workers', '1')[1]
+    assert len(queue.names('fail')) == 6
 
 
 # --- Rule 7: the folders stay true ------------------------------------------------------------------------------------
@@ -2652,11 +2655,15 @@ def test_queues_that_wait_for_a_gpu_get_it_in_turn(queues):
 
 
 def test_pollers_of_one_queue_share_a_slot_in_turn(queue):
-    for n in range(16):
-        queue.add(f'{n:02}', f'echo $PPID >/dev/null; echo $POLLER >> {queue.q}/ran; sleep 0.01')
-    pollers = [queue.start('--workers', '1', env={**os.environ, 'POLLER': name}) for name in 'ab']
-    assert [poller.wait(60) for poller in pollers] == [0, 0]
-    assert min(Counter((queue.path / 'ran').read_text().split()).values()) >= 4
+    queue.add('00', queue.gate())
+    for n in range(1, 15):
+        queue.add(f'{n:02}', f'echo $POLLER >> {queue.q}/ran; sleep 0.01')
+    first, second = (queue.start('--workers', '1', env={**os.environ, 'POLLER': name}) for name in 'ab')
+    until(lambda: 'worker 0 busy' in first.log() + second.log())  # from here on both are there
+    queue.open_gate()
+    assert [first.wait(60), second.wait(60)] == [0, 0]
+    ran = Counter((queue.path / 'ran').read_text().split())
+    assert min(ran['a'], ran['b']) >= 5
 
 
 def test_whose_script_just_left_a_gpu_lets_those_go_first_who_waited(gpus, tmp_path):
@@ -3644,6 +3651,7 @@ def test_a_signal_with_nothing_running_ends_the_poller_without_ado(queue):
 
 
 def test_a_signal_is_heeded_while_there_is_always_something_to_start(gpus, queue):
+    queue.change(LOOK_AROUND=600)  # which would interrupt that too
     for gpu in gpus.gpus:
         gpu['delay'] = 0.05
     gpus.save()
@@ -3671,17 +3679,11 @@ def test_a_signal_is_heeded_between_two_questions_to_a_driver_that_hangs(gpus, q
 
 def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
     queue.change(LOOK_AROUND=0.2)
-    (tmp_path / 'sitecustomize.py').write_text("""
-import os
-listdir = os.listdir
-def fails(path='.'):
-    if str(path).endswith('running') and os.path.exists(os.path.join(path, 'a.sh')):
-        raise OSError(5, os.strerror(5), str(path))
-    return listdir(path)
-os.listdir = fails
-""")
+    env, away, _ = failing(tmp_path, 'listdir', 'running')
     queue.add('a.sh', 'exec sleep 1000')
-    poller = queue.start('--workers', '1', env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    poller = queue.start('--workers', '1', env=env)
+    queue.pid('a.sh')
+    away.touch()
     until(lambda: 'cannot see the queue now' in poller.log())
     poller.terminate()
     assert poller.wait(30) == 143
@@ -4097,17 +4099,18 @@ def test_paths_in_the_log_are_short_where_they_lie_below_the_current_folder(queu
     assert queue.poll(cwd=queue.path)[1].count('s): said nothing (out/a.sh.stderr)\n') == 1
 
 
-@pytest.mark.parametrize('name', ['stop', 'start', 'driver'])
-def test_no_name_of_a_script_is_taken_for_a_word_of_ours(gpus, queue, name):
-    queue.add('a.sh', queue.gate())
-    queue.add(name, mode=0o644)
-    poller = queue.start('--exit', '0')
-    until(lambda: f'to_run/{name} waits' in poller.log() and queue.names('running'))
-    poller.send_signal(signal.SIGINT)
-    until(lambda: 'interrupted: waiting for 1 script' in poller.log())
-    queue.open_gate()
-    assert poller.wait(30) == 130
-    assert 'driver is back' not in poller.log()
+def test_no_name_of_a_script_is_taken_for_a_word_of_ours(queue, tmp_path):
+    queue.change(LOOK_AROUND=0.1)
+    env, away, times = failing(tmp_path, 'stat', 'out/z.sh.json')
+    away.touch()
+    names = 'queue', 'start', 'stop'  # as what there is to say is called inside of it
+    for name in names:
+        queue.add(name, mode=0o644)
+    queue.add('z.sh')
+    poller = queue.start('--workers', '1', env=env)
+    until(lambda: times() > 5)
+    for said in 'cannot start z.sh now: ', *(f'to_run/{name} waits for its chmod' for name in names):
+        assert poller.log().count(said) == 1, said
 
 
 def test_a_log_that_nobody_reads_stops_nothing(queue):
