@@ -3203,6 +3203,9 @@ def test_the_memory_of_a_numa_node_counts_by_its_processes(gpus, pool):
     assert pool.is_available(0)
     gpus.change(0, pids=[7], memory_of={'7': 5})
     assert not pool.is_available(0)
+    status = fastgpu.look_at_queue(pool)
+    assert status['resources'][0]['memory_used'] is None
+    assert 'gpu 0  NVIDIA H100  busy: ' in fastgpu.screen(status)
 
 
 def test_a_gpu_in_prohibited_mode_is_not_used_and_exclusive_mode_is_warned_of_without_mps(gpus, queue, capsys, mps):
