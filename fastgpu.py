@@ -228,7 +228,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def time_left(mean: float, waiting: int, running: int) -> float:
-    """Return the seconds until so many scripts have ended, if each takes the `mean` of those that did or still run."""
+    """Return the seconds until so many scripts have ended, if each takes the `mean` of those that are complete."""
     return mean * (waiting + running / 2) / max(1, running)
 
 
@@ -400,7 +400,7 @@ def rename_new(source: StrPath, target: StrPath) -> None:
     try:
         os.link(source, target, follow_symlinks=False)
     except FileExistsError:
-        if not os.path.samestat(os.lstat(source), os.lstat(target)):
+        if not is_same(source, target):
             raise
     except OSError:
         if os.path.lexists(target):
@@ -581,13 +581,13 @@ class Place(NamedTuple):
         """The place behind all others, which is held by who asks whether one of them is free."""
         return Place(self.path, 1 << 20, 1)
 
-    def lock(self, fd: int, kind: int = fcntl.F_WRLCK) -> bool:
+    def lock(self, fd: int) -> bool:
         """Lock it in the open file `fd`, if nobody else has it and its path leads to that file. Raises OSError.
 
         A file that was deleted meanwhile can be locked by us and its successor by somebody else: that is no lock.
         """
         try:
-            self._call(fd, fcntl.F_OFD_SETLK, kind)
+            self._call(fd, fcntl.F_OFD_SETLK, fcntl.F_WRLCK)
         except (BlockingIOError, PermissionError):  # POSIX and fcntl(2) allow both EAGAIN and EACCES for "held"
             return False
         return self.is_in(fd)
@@ -2215,13 +2215,14 @@ class Tally:
     def __init__(self) -> None:
         self.ended: dict[str, list[str]] = {'complete': [], 'fail': [], 'cancelled': []}
         self.began = time.time()
-        self.seconds = 0.0  # that the scripts took that have ended
+        self.seconds = 0.0  # that the scripts took that are complete
         self.busy_seconds = 0.0  # that resources were used since then, all of them together
 
     def add(self, run: Run, folder: str) -> None:
         """Count a run that was settled, and is in the `folder` now."""
         if folder in self.ended:
             self.ended[folder].append(run.name)
+        if folder == 'complete':
             self.seconds += run.seconds()
         self.busy_seconds += run.seconds(self.began) * len(run.ids)
 
@@ -2229,17 +2230,15 @@ class Tally:
         """Return how many scripts have ended."""
         return sum(map(len, self.ended.values()))
 
-    def progress(self, runs: Iterable[Run], waiting: int) -> str:
-        """Return in one line how far this is, while these `runs` run."""
-        started = [run.record.get('started', time.time()) for run in runs]
-        done, running = self.done(), len(started)
+    def progress(self, running: int, waiting: int) -> str:
+        """Return in one line how far this is, while so many scripts are `running` and `waiting`."""
+        done, complete = self.done(), len(self.ended['complete'])
         failed = f'done ({len(self.ended["fail"])} failed)'
         if not (running or waiting):
             return f'{done} {failed}, waiting for scripts'
         text = f'{done}/{done + running + waiting} {failed}, {running} running'
-        if done and running:
-            seconds = self.seconds + sum(time.time() - then for then in started)
-            text += f', about {duration(time_left(seconds / (done + running), waiting, running))} left'
+        if complete and running:
+            text += f', about {duration(time_left(self.seconds / complete, waiting, running))} left'
         return text
 
     def summary(self, kind: str, left: int) -> str:
@@ -2431,7 +2430,7 @@ class Poller:
         with self.queue.announced(), interrupts_for(self.signals.append):
             try:
                 while not self.turn(exit_when_empty):
-                    log.bottom(runs.tally.progress(runs.values(), 0 if self.signals else len(pending.names)))
+                    log.bottom(runs.tally.progress(len(runs), 0 if self.signals else len(pending.names)))
                     self.sleep(poll_interval)
                 assert not self.loose(), f'held, and for no script: {self.loose()}'
             except BaseException:
@@ -2631,11 +2630,10 @@ def look_at_queue(pool: ResourcePoolBase) -> dict[str, Any]:
             row = rows.setdefault(f'{run["kind"]} {ident}', new)
             row.update({key: run[key] for key in ('script', 'user', 'seconds', 'state')},
                        reason='ended, the next fastgpu_poll collects it' if run['state'] == ENDED else None)
-    ended = names['complete'] + names['fail']
-    some = [look_at_run(queue, name) for name in ended[::len(ended) // 100 + 1]]
-    known = [run['seconds'] for run in some + runs if run['seconds'] is not None]
+    some = names['complete'][::len(names['complete']) // 100 + 1]
+    known = [run['seconds'] for run in (look_at_run(queue, name) for name in some) if run['seconds'] is not None]
     left = None
-    if pollers and ended and known and (waiting or runs):
+    if pollers and known and (waiting or runs):
         left = round(time_left(sum(known) / len(known), len(waiting), len(runs) or len(rows)), 1)
     last = sorted(names['fail'], key=lambda name: (file_mark(queue.fail / name)[2:], name), reverse=True)[:3]
     return {

@@ -4171,7 +4171,8 @@ def test_a_terminal_that_is_never_read_stops_nothing(queue):
 
 
 def on_a_terminal(queue, columns=60, **env):
-    """Return what a poller writes to a terminal while one script fails and one waits for the gate."""
+    """Return what a poller writes to a terminal while a script ends, one fails and one waits for the gate."""
+    queue.add('0.sh')
     queue.add('a.sh', 'exit 1')
     queue.add('b.sh', queue.gate())
     ours, theirs = pty.openpty()
@@ -4193,14 +4194,14 @@ def on_a_terminal(queue, columns=60, **env):
 
 def test_a_terminal_has_a_line_of_progress_below_the_log_as_wide_as_it_is(queue):
     text = on_a_terminal(queue, columns=30)
-    assert '\r\033[K1/2 done (1 failed), 1 running'[:4 + 29] in text
+    assert '\r\033[K2/3 done (1 failed), 1 running'[:4 + 29] in text
     assert re.search(r'\r\033\[K\033\[31m\S+ worker 0: fail a.sh .*\033\[0m\r\n', text)
     assert all(len(part) < 30 for part in re.findall(r'\r\033\[K(\d+/\d+ done[^\r\n]*)', text))
     assert re.search(r' failed: a.sh\033\[0m\r\n$', text)  # and no line of progress is left
 
 
 def test_a_terminal_that_tells_no_width_is_taken_for_80_columns(queue):
-    assert re.search(r'1/2 done \(1 failed\), 1 running, about [0-9.]+ s left', on_a_terminal(queue, columns=0))
+    assert re.search(r'2/3 done \(1 failed\), 1 running, about [0-9.]+ s left', on_a_terminal(queue, columns=0))
 
 
 def test_colours_and_progress_can_be_refused(queue):
@@ -4248,6 +4249,7 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
     gpus.change(0, used=500)
     for number in range(5):
         queue.add(f'{number}.sh', 'echo "bad luck" >&2; exit 1')
+    queue.add('5.sh', 'sleep 0.3')
     assert queue.poll('--workers', '1')[0] == 1
     for name in 'abcde':
         queue.add(f'{name}.sh', queue.gate())
@@ -4259,10 +4261,11 @@ def test_status_while_scripts_run_and_after_their_poller_was_killed(gpus, queue)
         states = [resource['state'] for resource in as_json['resources']]
         assert states == ['running', 'busy', 'unusable', 'busy']
         assert as_json['resources'][0]['script'] == 'a.sh'
-        assert as_json['counts'] == {'to_run': 4, 'running': 1, 'complete': 0, 'fail': 5}
+        assert as_json['counts'] == {'to_run': 4, 'running': 1, 'complete': 1, 'fail': 5}
         assert as_json['next'] == ['b.sh', 'c.sh', 'd.sh']
         assert [failed['script'] for failed in as_json['failed']] == ['4.sh', '3.sh', '2.sh']
-        assert (as_json['seconds_left'] is not None) is alive
+        took = queue.record('5.sh')['finished'] - queue.record('5.sh')['started']
+        assert as_json['seconds_left'] == (pytest.approx(4.5 * took, abs=0.3) if alive else None)  # by that alone
         user = as_json['resources'][0]['user']
         for line in (rf'gpu 0  NVIDIA H100  0.5 of 80.0 GiB  a.sh, {user}, \d+\.\d s',
                      f'gpu 1  NVIDIA H100  4.0 of 80.0 GiB  busy: 4.0 GiB used by pid {2**22 + 1}',
