@@ -508,9 +508,10 @@ class Queue:
         """Move `script` from to_run to running, under the first name that no run had yet. Raises what `Run.claim` does.
         """
         n, run = 0, Run(self, script)
-        while not run.claim(script, kind, ids):
+        while not run.reserve():
             n += 1
             run = Run(self, numbered(script, n))
+        run.claim(script, kind, ids)
         return run
 
 
@@ -1013,22 +1014,21 @@ class Run:
 
     # Its beginning.
 
-    def is_taken(self) -> bool:
-        """Return whether there is anything but a record of a run of this name."""
+    def reserve(self) -> bool:
+        """Make its record; return False where its name is another run's. Raises OSError, FastgpuError if it is long."""
+        too_long = len(os.fsencode(self.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
+        if too_long > 0:
+            raise FastgpuError(f'its name is too long, by {too_long} bytes')
         folders = [f'{folder}/{self.name}' for folder in (self.queue.running, self.queue.complete, self.queue.fail)]
-        return any(map(os.path.lexists, folders + [self.out(kind) for kind in ('stdout', 'stderr', 'exitcode')]))
+        files = [self.out(kind) for kind in ('stdout', 'stderr', 'exitcode')]
+        return not any(map(os.path.lexists, folders + files)) and self.record.create()
 
-    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> bool:
-        """Make its record, and move `script` from to_run to running; return False where its name is another run's.
+    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> None:
+        """Write its record, and move `script` from to_run to running.
 
         Raises FastgpuError where that can never be done, OSError where it cannot now, FileNotFoundError if the script
         is gone. Nothing is left of the claim then.
         """
-        too_long = len(os.fsencode(self.name + '.exitcode')) - 255  # NAME_MAX of all file systems of Linux
-        if too_long > 0:
-            raise FastgpuError(f'its name is too long, by {too_long} bytes')
-        if self.is_taken() or not self.record.create():
-            return False
         try:
             self.record.place.lock(self.record.fd)
             self.record.update(script=script, **self.queue.here, kind=kind)
@@ -1045,7 +1045,6 @@ class Run:
                 if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
                     raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
                 raise
-        return True
 
     def unclaim(self) -> None:
         """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
@@ -1880,7 +1879,7 @@ def is_mps(pid: int) -> bool:
 def process_text(pid: int) -> str:
     """Return `pid 4121 (python of ann)`, or the pid alone where the rest cannot be seen."""
     with contextlib.suppress(OSError):
-        return f'pid {pid} ({command_name(pid)} of {user_name(os.stat(f"/proc/{pid}").st_uid)})'
+        return shown(f'pid {pid} ({command_name(pid)} of {user_name(os.stat(f"/proc/{pid}").st_uid)})')
     return f'pid {pid}'
 
 
