@@ -2122,8 +2122,6 @@ class News:
             if reason and not (' used by ' in reason and pool.claims.was_left_just_now(ident)):
                 pause = HUSH if re.match(r'busy: .* of \S+ \(pid', reason) else 0
                 self.say((pool.kind, ident), f'{where([ident])} {reason}', pause)
-            elif not reason:
-                self.forget((pool.kind, ident))
 
     def forget(self, about: Hashable) -> None:
         """Say what there is to say about this again, when it comes up again."""

@@ -1424,13 +1424,19 @@ def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_t
     assert (tmp_path / 'runs').read_text() == '\n'
 
 
-def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_again(queue):
+@pytest.mark.parametrize('of', ['its poller', 'a later poller'])
+def test_a_shim_killed_alone_keeps_its_slot_to_the_script_which_does_not_run_again(queue, of):
     queue.change(LOOK_AROUND=0.2)
     queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
     queue.add('b.sh')
     poller = queue.start('--workers', '1')
     until(lambda: (queue.path / 'ran').exists())
-    os.kill(queue.pid('a.sh'), signal.SIGKILL)
+    pid = queue.pid('a.sh')
+    if of == 'a later poller':
+        kill(poller)
+        poller = queue.start('--workers', '1')
+        until(lambda: 'worker 0 busy' in poller.log())
+    os.kill(pid, signal.SIGKILL)
     until(lambda: 'worker 0 busy' in poller.log() and queue.record('a.sh').get('shim_killed'))
     queue.let_look(poller)
     assert queue.all() == {'a.sh': 'running', 'b.sh': 'to_run'}
@@ -2151,6 +2157,20 @@ def test_a_folder_that_cannot_be_read_for_a_while_is_said_and_looked_at_again(qu
     away.unlink()
     assert poller.wait(30) == 0
     assert poller.log().count('cannot see') == 1
+
+
+def test_a_script_whose_file_cannot_be_seen_for_a_while_is_not_cancelled(queue, tmp_path):
+    queue.change(LOOK_AROUND=0.1)
+    env, away, times = failing(tmp_path, 'lstat', 'running/a.sh')
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1', env=env)
+    queue.pid('a.sh')
+    away.touch()
+    until(lambda: times() > 3)
+    away.unlink()
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert 'cancel' not in poller.log()
 
 
 @pytest.mark.parametrize(('call', 'where', 'said'), [
@@ -3584,6 +3604,15 @@ def test_run_locks_what_is_not_locked_and_tells_of_a_script_that_is_gone(wp):
     assert wp.is_available(3)
     assert wp.poll_scripts() == 0
     assert queue.record('a.sh')['ids'] == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='this Python or kernel has no pidfd')
+def test_the_end_of_a_script_wakes_its_poller(queue):
+    queue.add('a.sh', 'sleep 0.2')
+    queue.add('b.sh', 'sleep 0.2')
+    poll = f'import fastgpu; fastgpu.FixedWorkerPool([0], {str(queue.path)!r}).poll_scripts(poll_interval=600)'
+    subprocess.run([sys.executable, '-c', poll], cwd=MODULE.parent, check=True, timeout=60)
+    assert queue.all() == {'a.sh': 'complete', 'b.sh': 'complete'}
 
 
 def test_a_pool_keeps_what_its_user_had_locked_before_it_polled(queue):
