@@ -443,7 +443,7 @@ class Queue:
         self.to_run, self.running, self.complete, self.fail, self.out = self.folders
         self.alive = f'{self.path}/.{self.host}.poller'  # in which each poller of this host locks the byte of its pid
         self._clock = 0.0  # the time of the file system when we looked last
-        self._held: dict[Path, int] = {}  # folders that we have open while we poll
+        self._seen: dict[Path, os.stat_result] = {}  # which folders these were when we began to poll
         self.is_new = not os.path.isdir(self.to_run)
         if not only_look:
             if self.path.is_dir():
@@ -453,7 +453,7 @@ class Queue:
 
     def check_is_there(self) -> None:
         """Raise FileNotFoundError where the queue was moved, or its file system unmounted, since it was `announced`."""
-        if not all(os.path.samestat(os.fstat(fd), os.stat(folder)) for folder, fd in self._held.items()):
+        if not (self._seen and all(os.path.samestat(seen, os.stat(folder)) for folder, seen in self._seen.items())):
             raise FileNotFoundError(errno.ENOENT, 'was moved, or unmounted, and is another folder now', str(self.path))
 
     def mend(self) -> None:
@@ -491,11 +491,12 @@ class Queue:
             except OSError as error:
                 raise FastgpuError(f'{self.path}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
                                    'newer, and a file system that has locks') from None
-            stack.callback(self._held.clear)
+            stack.callback(self._seen.clear)
             for folder in (self.path, self.to_run, self.running):
-                # Open, because sshfs numbers anew, when its server was away, what nobody has open.
-                self._held[folder] = os.open(folder, os.O_PATH)
-                stack.callback(close, self._held[folder])
+                # Kept open, because sshfs numbers anew, when its server was away, what nobody has open.
+                fd = os.open(folder, os.O_PATH)
+                stack.callback(close, fd)
+                self._seen[folder] = os.fstat(fd)
             yield
 
     def pollers(self) -> list[int]:
@@ -1159,7 +1160,7 @@ class Run:
         is in now, or 'cancelled', and what there is to say of it. Raises OSError, say for a full disk.
         """
         name, record, queue = self.name, self.record, self.queue
-        if not self.was_started():
+        if self.code is None and not self.was_started():
             self.unclaim()
             return 'to_run', f'requeue {name} (was not started)'
         if self.code is None and self.shim.status is not None:
@@ -1256,11 +1257,8 @@ class Claims:
         Where there are not, we wait in line for them: to be called again and again for the same `script`, until
         `leave`. Who waits longest of those who need several, keeps what it gets: so none is starved by a stream of
         small scripts, and no two who each hold a part wait for each other. What nobody has and was not available is
-        asked about once a second. Raises FastgpuError where there are not as many.
+        asked about once a second.
         """
-        paths = self.pool.files(self.pool.all_ids())
-        if number > max(1, len(paths)):
-            raise FastgpuError(f'{number} {self.pool.kind}s are needed, and there are only {len(paths)}')
         keep = self._may_keep(number) and len(self.usable()) >= number
         if not keep or script != self._wanting:
             self._give_back()
@@ -1279,7 +1277,7 @@ class Claims:
             self.pool.reasons.update(dict.fromkeys(ids, ''))
             self._may_keep(1)
             return ids
-        for path in paths:
+        for path in self.pool.files(self.pool.all_ids()):
             self._line(path).join(time.monotonic_ns())
         self.sign(self.kept, f'kept for {script}', os.getpid(), f', which needs {number}')
         self.pool.reasons.update(dict.fromkeys(self.kept, f'kept for {script}, which needs {number}'))
@@ -1926,8 +1924,16 @@ class ResourcePoolGPU(ResourcePoolBase):
         return f'{gpu.index}.{number}' if number else str(gpu.index)
 
     def demand(self, script: StrPath) -> int:
-        """Return how many GPUs the script asks for. Raises FastgpuError where it asks for no number of them."""
-        return gpus_wanted(script)
+        """Return how many GPUs the script asks for. Raises FastgpuError for no number, and for more than there are."""
+        number = gpus_wanted(script)
+        self.check_number(number)
+        return number
+
+    def check_number(self, number: int) -> None:
+        """Raise FastgpuError where there are not so many GPUs."""
+        most = len(self.files(self.all_ids())) if number > 1 else 1
+        if number > most:
+            raise FastgpuError(f'{number} gpus are needed, and there {"are" if most > 1 else "is"} only {most}')
 
     def place(self, ident: Any) -> Place:
         """Return where the lock is, in a file that all users of the host share: one place on a GPU, or all of it."""
@@ -1950,6 +1956,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         try:
             usage = self._driver.usage(gpu, self.between)
             self._driver_is_there()
+            self.between()  # for a signal during the last question
             self.reasons[ident] = self._why_busy(gpu, usage, is_shared=(
                 self.per_gpu > 1 and bool(Place(self.place(ident).path).why_locked())))
         except DriverError as error:
@@ -2038,7 +2045,7 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def _rest_place(self, gpu: Gpu) -> Place:
         """Return where the lock of a GPU that rests is."""
-        return Place(f'{self.path}/.{self.queue.host}-rest-{gpu.uuid}')
+        return Place(f'{self.path}/.{self.queue.host}-rest-{os.path.basename(gpu.lock)}')
 
     def _say_once(self, about: str, text: str) -> None:
         """Log the first `text` about this."""
@@ -2773,7 +2780,7 @@ def what_was_meant(word: str, options: list[str]) -> str:
     """Return a hint to who gave a `word` that is none of the `options`."""
     import difflib  # here, because it costs a start that needs none of it 2 ms
     if os.path.isdir(word):
-        return f': did you mean --path {word}?'
+        return f': did you mean --path {shown(word)}?'
     if not word.startswith('-'):
         return ': a script goes into to_run (mv or cp), a command behind --add or --run'
     close = difflib.get_close_matches(word.split('=')[0], [f'--{name.replace("_", "-")}' for name in options], 1)
@@ -2915,6 +2922,7 @@ def become(options: argparse.Namespace) -> int:
         return 126 if is_there else 127
     pool, news = ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look=True), News()
     pool.rests = False  # that is for queues
+    pool.check_number(options.gpus)
     while not (ids := pool.claims.take_some(options.gpus, os.path.basename(name))):
         news.tell_why(pool, pool.all_ids(), lambda ids: f'{pool.kind} {",".join(map(pool.label, ids))}')
         time.sleep(0.1)

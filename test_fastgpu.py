@@ -458,6 +458,7 @@ class Driver:
 
     def nvmlDeviceGetFieldValues(self, handle, number, fields):
         action = self.device(handle).get('action')
+        self.answer('field', {**self.device(handle), 'delay': self.device(handle).get('field_delay', 0)})
         for field in fields._obj:
             field.nvmlReturn = pynvml.NVML_ERROR_NOT_SUPPORTED if action is None else 0
             field.valueType, field.value.uiVal = pynvml.NVML_VALUE_TYPE_UNSIGNED_INT, action or 0
@@ -1422,6 +1423,13 @@ def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_t
     assert queue.out('a.sh.exitcode') == '254'
     assert 'precious\n' in queue.out('a.sh.stderr')
     assert (tmp_path / 'runs').read_text() == '\n'
+
+
+def test_a_script_that_says_what_the_shim_says_where_nothing_can_start_is_taken_for_what_it_is(queue):
+    queue.add('a.sh', f'echo result; echo "{fastgpu.NO_PROCESS}" >&2; exit {fastgpu.NOT_STARTED}')
+    assert queue.poll()[0] == 1
+    assert queue.all() == {'a.sh': 'fail'}
+    assert queue.out('a.sh.stdout') == 'result\n'
 
 
 @pytest.mark.parametrize('of', ['its poller', 'a later poller'])
@@ -2395,6 +2403,15 @@ def test_a_gpu_on_which_three_scripts_in_a_row_fail_at_once_rests_and_its_neighb
     assert re.search(f'gpu 0 busy: rests until ..:..:..: {names} failed in a row, each within 10 s \\(see their', log)
     assert log.index(f'fail {names.split(", ")[-1]}') < log.index('rests until'), 'the reason comes after its cause'
     assert log.count('rests until') == 1
+
+
+def test_an_instance_with_a_slash_in_its_uuid_rests_too(gpus, queue):  # as drivers before 470 have them
+    gpus.set({'uuid': B, 'mig': [{'uuid': f'MIG-{B}/1/0'}]})
+    for name in '1234':
+        queue.add(name, 'exit 1')
+    poller = queue.start('--exit', '0')
+    until(lambda: 'rests until' in poller.log())
+    assert len(queue.names('fail')) == 3
 
 
 def test_a_rest_is_seen_by_others_gets_longer_and_ends_with_a_script_that_works(gpus, queue, monkeypatch):
@@ -3707,6 +3724,34 @@ def test_a_signal_is_heeded_between_two_questions_to_a_driver_that_hangs(gpus, q
     assert poller.wait(30) == 143
     assert len(gpus.calls('memory')) == 1
     assert queue.names('to_run') == ['a.sh']
+
+
+def test_a_signal_during_the_last_question_to_a_driver_starts_nothing(gpus, queue):
+    queue.change(LOOK_AROUND=0.2)
+    gpus.set({'uuid': A, 'used': 9000})
+    queue.add('a.sh')
+    poller = queue.start('--exit', '0')
+    until(lambda: 'gpu 0 busy' in poller.log())
+    gpus.change(0, used=0, field_delay=1)
+    asked = len(gpus.calls('field'))
+    until(lambda: len(gpus.calls('field')) > asked)
+    poller.terminate()
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
+    assert ': start' not in poller.log()
+
+
+def test_a_signal_while_nvidia_smi_answers_starts_nothing(smi, queue):
+    command = smi.path / 'bin' / 'nvidia-smi'
+    slow = f'if [ "$3" = -i ]; then touch asked; {queue.gate()} fi\n[ -e broken ]'
+    command.write_text(command.read_text().replace('[ -e broken ]', slow))
+    queue.add('a.sh')
+    poller = queue.start('--exit', '0')
+    until((smi.path / 'asked').exists)
+    poller.terminate()
+    queue.open_gate()
+    assert poller.wait(30) == 143
+    assert queue.all() == {'a.sh': 'to_run'}
 
 
 def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
