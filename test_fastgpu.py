@@ -2976,6 +2976,14 @@ def test_a_list_that_shows_no_gpu_or_is_unclear_is_refused_in_one_line(gpus, tmp
     assert said.count('\n') == 1
 
 
+def test_people_read_the_number_of_a_gpu_and_the_uuid_of_an_instance(gpus, tmp_path, monkeypatch):
+    gpus.set({'uuid': A}, {'uuid': B, 'mig': [{'uuid': 'MIG-1'}]})
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', f'MIG-1,{A}')
+    pool = ResourcePoolGPU(tmp_path / 'q', per_gpu=2)
+    assert pool.all_ids() == ['MIG-1', A, 'MIG-1.1', f'{A}.1']
+    assert list(map(pool.label, pool.all_ids())) == ['MIG-1', '0', 'MIG-1.1', '0.1']
+
+
 @pytest.mark.parametrize('uuid', ['GPU-12345678-1234-1234-1234-123456789abc', '12345678-1234-1234-1234-123456789abc'])
 def test_a_uuid_may_lack_its_first_letters(gpus, queue, monkeypatch, uuid):
     gpus.set({'uuid': uuid})
@@ -3754,9 +3762,10 @@ def test_a_signal_while_nvidia_smi_answers_starts_nothing(smi, queue):
     assert queue.all() == {'a.sh': 'to_run'}
 
 
-def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
+@pytest.mark.parametrize('folder', ['running', 'to_run'])
+def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path, folder):
     queue.change(LOOK_AROUND=0.2)
-    env, away, _ = failing(tmp_path, 'listdir', 'running')
+    env, away, _ = failing(tmp_path, 'listdir', folder)
     queue.add('a.sh', 'exec sleep 1000')
     poller = queue.start('--workers', '1', env=env)
     queue.pid('a.sh')
@@ -3765,6 +3774,7 @@ def test_a_stop_is_heeded_while_the_queue_cannot_be_seen(queue, tmp_path):
     poller.terminate()
     assert poller.wait(30) == 143
     assert queue.all() == {'a.sh': 'to_run'}
+    assert ('cannot see what is left in to_run: ' in poller.log()) == (folder == 'to_run')
 
 
 @pytest.mark.parametrize(('signals', 'status'), [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
