@@ -1115,6 +1115,7 @@ class Run:
         self.shim.pid = self.record.get('pid') if same else None
         if self.record.place.locked(self.record.fd):
             return ENDED if self.age() > OVERDUE else RUNS
+        self.code = self.shim.exit_code()  # once more: the shim had written it before it let go of the lock
         # A script can have closed what it inherited, and its shim be killed alone.
         alive = self.code is None and (self.shim.is_alive() or self.shim.was_killed_alone())
         return RUNS if alive else ENDED
@@ -1259,10 +1260,12 @@ class Claims:
         small scripts, and no two who each hold a part wait for each other. What nobody has and was not available is
         asked about once a second.
         """
-        keep = self._may_keep(number) and len(self.usable()) >= number
-        if not keep or script != self._wanting:
-            self._give_back()
+        if script != self._wanting:
+            self._leave_several()
             self._wanting = script
+        keep = number > 1 and self._is_first(number)
+        if not keep:
+            self._give_back()
         left = [ident for ident in self.pool.all_ids() if ident not in self.locks]
         try:
             while len(self.kept) < number and left and (keep or len(self.kept) + len(left) >= number):
@@ -1275,7 +1278,7 @@ class Claims:
         if len(self.kept) == number:
             ids, self.kept = [ident for ident in self.pool.all_ids() if ident in self.kept], []
             self.pool.reasons.update(dict.fromkeys(ids, ''))
-            self._may_keep(1)
+            self._leave_several()
             return ids
         for path in self.pool.files(self.pool.all_ids()):
             self._line(path).join(time.monotonic_ns())
@@ -1285,8 +1288,7 @@ class Claims:
 
     def leave(self) -> None:
         """Wait for nothing any more, and keep nothing."""
-        self._give_back()
-        self._may_keep(1)
+        self._leave_several()
         self._wanting = ''
         for line in self._lines.values():
             line.leave()
@@ -1347,15 +1349,21 @@ class Claims:
         self.pool.reasons.update(dict.fromkeys(ids, ''))
         self.ask_at.update(dict.fromkeys(self.pool.files(ids), time.monotonic() + LOOK_AROUND))
 
-    def _may_keep(self, number: int) -> bool:
-        """Return whether we need several, and nobody who does has waited longer for any that we could use."""
+    def _is_first(self, number: int) -> bool:
+        """Wait in line with those who need several; return whether nobody has waited longer for what we could use."""
         now = time.monotonic_ns()  # the same for all: so whoever came first is first everywhere
-        if number > 1 and not self._several:
+        if not self._several:
             self._several = [Line(path, SEVERAL) for path in sorted(self.pool.files(self.pool.all_ids()))]
         for line in self._several:
-            line.join(now) if number > 1 else line.leave()
+            line.join(now)
         joined = [line for line in self._several if line.since]
-        return len(joined) >= number > 1 and not any(line.before_us(line.fd) for line in joined)
+        return min(len(joined), len(self.usable())) >= number and not any(line.before_us(line.fd) for line in joined)
+
+    def _leave_several(self) -> None:
+        """Wait in that line no longer, and keep nothing."""
+        self._give_back()
+        for line in self._several:
+            line.leave()
 
     def _line(self, path: str) -> Line:
         """Return the line of those who wait at a lock file."""

@@ -1425,6 +1425,22 @@ def test_a_script_that_ends_with_254_and_no_room_for_that_is_not_taken_for_one_t
     assert (tmp_path / 'runs').read_text() == '\n'
 
 
+def test_a_script_that_ends_while_a_later_poller_looks_at_it_is_taken_for_what_it_is(queue, monkeypatch):
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--workers', '1')
+    pid = queue.pid('a.sh')
+    kill(poller)
+    run, right = fastgpu.Run(fastgpu.Queue(queue.path), 'a.sh'), os.access
+
+    def access(path, mode):  # is asked for the record, after its exit status was not there
+        queue.open_gate()
+        until(lambda: not alive(pid))
+        return right(path, mode)
+
+    monkeypatch.setattr(os, 'access', access)
+    assert (run.state(), run.code) == ('ended', 0)
+
+
 def test_a_script_that_says_what_the_shim_says_where_nothing_can_start_is_taken_for_what_it_is(queue):
     queue.add('a.sh', f'echo result; echo "{fastgpu.NO_PROCESS}" >&2; exit {fastgpu.NOT_STARTED}')
     assert queue.poll()[0] == 1
@@ -2872,16 +2888,16 @@ def test_who_needs_several_gpus_waits_for_no_one_who_needs_other_ones(gpus, queu
 def test_who_needs_several_and_came_first_is_first_everywhere(gpus, tmp_path):
     gpus.have(8)
     first, second = (ResourcePoolGPU(tmp_path / name).claims for name in 'ab')
-    assert first._may_keep(2)
-    assert not second._may_keep(2)
-    assert first._may_keep(2)
+    assert first._is_first(2)
+    assert not second._is_first(2)
+    assert first._is_first(2)
     plant = gpus.locks / f'fastgpu-{gpus.gpus[3]["uuid"]}.lock'
     plant.unlink()
     plant.mkdir()  # one that cannot be used does not keep them from the others
     third = ResourcePoolGPU(tmp_path / 'c').claims
     first.leave()
     second.leave()
-    assert third._may_keep(2)
+    assert third._is_first(2)
 
 
 def test_queues_with_all_kinds_of_demands_under_kill_9_share_the_gpus_and_all_come_to_an_end(gpus, queues):
