@@ -1064,12 +1064,16 @@ class Run:
         whether something of them is left.
         """
         with contextlib.ExitStack() as stack:
-            own = os.open(self.record.place.path, os.O_RDWR)
-            stack.callback(close, own)
+            def opened(path: StrPath, flags: int) -> int:
+                fd = os.open(path, flags, 0o666)
+                stack.callback(close, fd)  # which cannot fail: by then it has started
+                return fd
+
+            own = opened(self.record.place.path, os.O_RDWR)
             self.record.place.asking.lock(own)
-            out = os.open(self.queue.out, os.O_PATH | os.O_DIRECTORY)
-            stack.callback(close, out)
-            stdout, stderr = (stack.enter_context(open(self.out(kind), 'ab', 0)) for kind in ('stdout', 'stderr'))
+            out = opened(self.queue.out, os.O_PATH | os.O_DIRECTORY)
+            stdout, stderr = (opened(self.out(kind), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                              for kind in ('stdout', 'stderr'))
             self.shim.start(command, out, stdout=stdout, stderr=stderr, env=environment,
                             pass_fds=(self.record.fd, own, out, *locks))
         self.is_new = True
