@@ -1881,7 +1881,8 @@ def test_hup_of_the_poller_kills_no_work(queue):
 def test_pkill_of_fastgpu_ends_the_poller_and_no_script(queue):
     queue.add('a.sh', queue.gate())
     poller = queue.start('--workers', '1')
-    command = Path(f'/proc/{queue.pid("a.sh")}/cmdline').read_bytes().replace(os.fsencode(queue.path), b'')
+    file = Path(f'/proc/{queue.pid("a.sh")}/cmdline')
+    command = until(file.read_bytes).replace(os.fsencode(queue.path), b'')  # it is empty in the middle of an exec
     assert b'_job_status' in command
     assert b'fastgpu' not in command
     poller.kill()
