@@ -2684,8 +2684,8 @@ def screen(status: dict[str, Any]) -> str:
         used, total, reason = map(each.get, ('memory_used', 'memory_total', 'reason'))
         where = f'{each["kind"]} {each["name"]}' if 'name' in each else f'on {each["host"] or "?"}'
         memory = '' if used is None or total is None else f'{used / 1024:.1f} of {memory_text(total)}'
-        what = [each['script'], each['user'], each['seconds'] is not None and duration(each['seconds'])]
-        state = ', '.join(filter(None, what)) if each['script'] else each['state']
+        run = [each['script'], each['user'], each['seconds'] is not None and duration(each['seconds'])]
+        state = ', '.join(filter(None, run)) if each['script'] else each['state']
         rows.append([where, each.get('model') or '', memory, f'{state}: {reason}' if reason else state])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths) if width).rstrip() for row in rows]
@@ -2693,9 +2693,9 @@ def screen(status: dict[str, Any]) -> str:
                  + f' · {count(len(pollers), "poller") if pollers else "no poller"} on {status["host"]}'
                  + f' (pid {", ".join(map(str, pollers))})' * bool(pollers)
                  + (f' · about {duration(status["seconds_left"])} left' if status['seconds_left'] is not None else ''))
-    for key, title in ('next', 'next'), ('held', 'held until chmod +x'):
+    for key, what in ('next', 'next'), ('held', 'held until chmod +x'):
         if status[key]:
-            lines.append(f'{title}: {listed(status[key])}')
+            lines.append(f'{what}: {listed(status[key])}')
     for failed in status['failed']:
         lines.append(f'failed: {failed["script"]}: {remark(failed["last_line"], failed["stderr"])}')
     return '\n'.join(map(shown, lines))

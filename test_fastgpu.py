@@ -1441,6 +1441,25 @@ def test_a_script_that_ends_while_a_later_poller_looks_at_it_is_taken_for_what_i
     assert (run.state(), run.code) == ('ended', 0)
 
 
+def test_a_close_that_fails_does_not_undo_a_start(queue, monkeypatch):  # close(2): EIO, of a file server
+    queue.add('a.sh', f'echo run >> {queue.q}/ran; ' + queue.gate())
+    pool, right = FixedWorkerPool([0], queue.path), os.close
+
+    def fails(fd):
+        ours = os.readlink(f'/proc/self/fd/{fd}').startswith(f'{queue.path}/out')
+        right(fd)
+        if ours:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as server:
+        server.setattr(os, 'close', fails)
+        assert pool.run('a.sh', 0)
+    assert queue.all() == {'a.sh': 'running'}
+    queue.open_gate()
+    assert pool.poll_scripts() == 0
+    assert (queue.path / 'ran').read_text() == 'run\n'
+
+
 def test_a_script_that_says_what_the_shim_says_where_nothing_can_start_is_taken_for_what_it_is(queue):
     queue.add('a.sh', f'echo result; echo "{fastgpu.NO_PROCESS}" >&2; exit {fastgpu.NOT_STARTED}')
     assert queue.poll()[0] == 1
