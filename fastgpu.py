@@ -127,8 +127,9 @@ class Log:
 
     def __call__(self, text: str, alarm: bool = False) -> None:
         """Write `text`, escaped, and the time, to a file with the date; to a terminal an `alarm` in red."""
-        text = f'{time.strftime("%H:%M:%S" if self._terminal() else "%Y-%m-%dT%H:%M:%S")} {shown(text)}'
-        if alarm and self._terminal() and not os.environ.get('NO_COLOR'):
+        on_terminal = self._terminal()
+        text = f'{time.strftime("%H:%M:%S" if on_terminal else "%Y-%m-%dT%H:%M:%S")} {shown(text)}'
+        if alarm and on_terminal and not os.environ.get('NO_COLOR'):
             text = f'\033[31m{text}\033[0m'
         if self._lost and self._write(f'({count(self._lost, "line")} of this log lost: nobody read it)\n'):
             self._lost = 0
@@ -380,6 +381,18 @@ def numbered(name: str, n: int) -> str:
     return f'{stem}-{n}{suffix}' if n else name
 
 
+@functools.cache  # to load the C library anew takes as long as the rename itself
+def renameat2() -> Callable[[bytes, bytes], int]:
+    """Return what renames, by renameat2(2) with RENAME_NOREPLACE, and returns the number of its error, or 0."""
+    try:
+        import ctypes  # here, because it costs a start that needs none of it 5 ms
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (ImportError, OSError, AttributeError):
+        return lambda source, target: errno.ENOSYS
+    cwd, noreplace = -100, 1
+    return lambda source, target: ctypes.get_errno() if call(cwd, source, cwd, target, noreplace) else 0
+
+
 def rename_new(source: StrPath, target: StrPath) -> None:
     """Rename like os.rename, but raise FileExistsError where that would overwrite `target`.
 
@@ -387,14 +400,9 @@ def rename_new(source: StrPath, target: StrPath) -> None:
     such call, a second name and then not the first, which a crash between the two leaves to be done again; where there
     are no second names either (sshfs), a look and an os.rename.
     """
-    code = errno.ENOSYS
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes  # here, because it costs a start that needs none of it 5 ms
-        cwd, noreplace = -100, 1
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-        if not rename(cwd, os.fsencode(source), cwd, os.fsencode(target), noreplace):
-            return
-        code = ctypes.get_errno()
+    code = renameat2()(os.fsencode(source), os.fsencode(target))
+    if not code:
+        return
     if code not in (errno.ENOSYS, errno.EINVAL):
         raise OSError(code, os.strerror(code), str(source), None, str(target))
     try:
@@ -922,7 +930,7 @@ class Shim:
 
         An empty file is none: the shim makes the file and then writes to it.
         """
-        with contextlib.suppress(FileNotFoundError), open(self.exitcode, 'rb') as file:
+        with contextlib.suppress(FileNotFoundError), open(self.exitcode, 'rb', 0) as file:
             text = file.read(8)
             return int(text) if re.fullmatch(rb'[0-9]{1,3}', text) else None
         return None
@@ -1284,7 +1292,8 @@ class Claims:
             self.pool.reasons.update(dict.fromkeys(ids, ''))
             self._leave_several()
             return ids
-        for path in self.pool.files(self.pool.all_ids()):
+        # Not for what we hold: when that is given back, we go behind all others.
+        for path in self.pool.files(ident for ident in self.pool.all_ids() if ident not in self.locks):
             self._line(path).join(time.monotonic_ns())
         self.sign(self.kept, f'kept for {script}', os.getpid(), f', which needs {number}')
         self.pool.reasons.update(dict.fromkeys(self.kept, f'kept for {script}, which needs {number}'))
@@ -1348,10 +1357,11 @@ class Claims:
 
     def _give_back(self) -> None:
         """Give back what is kept for a script. What of it is free is not asked about again at once."""
-        ids, self.kept = self.kept, []
-        self.unlock(*ids)
-        self.pool.reasons.update(dict.fromkeys(ids, ''))
-        self.ask_at.update(dict.fromkeys(self.pool.files(ids), time.monotonic() + LOOK_AROUND))
+        while self.kept:
+            ident = self.kept.pop()
+            self.unlock(ident)
+            self.pool.reasons[ident] = ''
+            self.ask_at[self.pool.place(ident).path] = time.monotonic() + LOOK_AROUND
 
     def _is_first(self, number: int) -> bool:
         """Wait in line with those who need several; return whether nobody has waited longer for what we could use."""
@@ -1850,7 +1860,7 @@ def gpus_wanted(script: StrPath) -> int:
     """
     wanted = {}
     try:
-        with open(script, 'rb') as file:
+        with open(script, 'rb', 0) as file:
             head = file.read(1 << 16).decode('utf-8', 'replace')
     except OSError:
         return 1
@@ -2509,7 +2519,7 @@ class Poller:
 
     def start_one(self, name: str) -> bool:
         """Start the script `name` of to_run if what it needs is free; return whether it was."""
-        number = self.pool.demand(self.queue.to_run / name)
+        number = self.pool.demand(f'{self.queue.to_run}/{name}')
         ids = self.pool.claims.take_some(number, name)
         for ident in ids:
             self.news.forget((self.pool.kind, ident))

@@ -796,10 +796,16 @@ def test_any_name_runs_and_is_logged_escaped(queue):
     assert '\x1b' not in log
 
 
+def without_renameat2(monkeypatch):
+    """Let the C library not be found, and the answer from when it was be forgotten."""
+    monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
+    monkeypatch.setattr(fastgpu, 'renameat2', fastgpu.renameat2.__wrapped__)
+
+
 @pytest.mark.parametrize('lacks', [(), ('renameat2',), ('renameat2', 'links')])
 def test_safe_rename_never_overwrites(tmp_path, monkeypatch, lacks):
     if 'renameat2' in lacks:  # NFS, and all others but local ones
-        monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
+        without_renameat2(monkeypatch)
     if 'links' in lacks:  # sshfs
         monkeypatch.setattr(os, 'link', fails(errno.EPERM))
     dest = tmp_path / 'dest'
@@ -818,7 +824,7 @@ def test_safe_rename_never_overwrites(tmp_path, monkeypatch, lacks):
 
 
 def test_a_crash_in_the_middle_of_a_rename_by_two_names_is_completed_by_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(ctypes, 'CDLL', fails(errno.ENOENT))
+    without_renameat2(monkeypatch)
     (tmp_path / 'dest').mkdir()
     file = tmp_path / 'a.sh'
     file.touch()
