@@ -514,13 +514,30 @@ class Queue:
         return []
 
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run:
-        """Move `script` from to_run to running, under the first name that no run had yet. Raises what `Run.claim` does.
+        """Move `script` from to_run to running, under the first name that no run had yet, and write its record.
+
+        Raises FastgpuError where that can never be done, OSError where it cannot now, FileNotFoundError if the script
+        is gone. Nothing is left of the claim then.
         """
         n, run = 0, Run(self, script)
         while not run.reserve():
             n += 1
             run = Run(self, numbered(script, n))
-        run.claim(script, kind, ids)
+        try:
+            run.record.place.lock(run.record.fd)
+            # As they will be read again.
+            known = [ident if isinstance(ident, (str, int, float)) else str(ident) for ident in ids]
+            run.record.update(script=script, **self.here, kind=kind, ids=known, started=round(time.time(), 3))
+            run.record.save()
+            # From here on, a name in running/ whose record is not locked has no owner.
+            os.rename(f'{self.to_run}/{script}', run.path)
+        except BaseException as error:
+            # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
+            if not (isinstance(error, FileNotFoundError) and os.path.lexists(run.path)):
+                run.unclaim()
+                if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
+                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
+                raise
         return run
 
 
@@ -857,7 +874,7 @@ class Record(dict[str, Any]):
 
     def save(self) -> None:
         """Write it to the open file, in one write. Raises OSError."""
-        data = json.dumps(self, default=str).encode('utf-8', 'replace') + b'\n'
+        data = json.dumps(self).encode('utf-8', 'replace') + b'\n'
         if os.pwrite(self.fd, data, 0) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if os.fstat(self.fd).st_size > len(data):  # to cut off nothing costs as much as all the rest
@@ -1032,28 +1049,6 @@ class Run:
         files = [self.out(kind) for kind in ('stdout', 'stderr', 'exitcode')]
         return not any(map(os.path.lexists, folders + files)) and self.record.create()
 
-    def claim(self, script: str, kind: str, ids: Sequence[Any]) -> None:
-        """Write its record, and move `script` from to_run to running.
-
-        Raises FastgpuError where that can never be done, OSError where it cannot now, FileNotFoundError if the script
-        is gone. Nothing is left of the claim then.
-        """
-        try:
-            self.record.place.lock(self.record.fd)
-            self.record.update(script=script, **self.queue.here, kind=kind)
-            # As they will be read again.
-            self.record['ids'] = [ident if isinstance(ident, (str, int, float)) else str(ident) for ident in ids]
-            self.record['started'] = round(time.time(), 3)
-            self.record.save()
-            # From here on, a name in running/ whose record is not locked has no owner.
-            os.rename(f'{self.queue.to_run}/{script}', self.path)
-        except BaseException as error:
-            # On NFS the reply to a rename can be lost, and its repetition finds nothing to rename.
-            if not (isinstance(error, FileNotFoundError) and os.path.lexists(self.path)):
-                self.unclaim()
-                if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EBUSY, errno.EXDEV):
-                    raise FastgpuError(f'it cannot be moved: {error.strerror}') from None
-                raise
 
     def unclaim(self) -> None:
         """Undo the claim of a run that was never started, so that nothing of it is left. Raises OSError."""
@@ -1441,7 +1436,8 @@ class ResourcePoolBase:
 
     def place(self, ident: Any) -> Place:
         """Return where the lock of `ident` is: in a file here in the queue, one per host, since the locks are."""
-        return Place(os.path.join(self.path, f'.{self.queue.host}-{ident}.lock'.replace('/', '_')))
+        name = f'.{self.queue.host}-{ident}.lock'.replace('/', '_')
+        return Place(f'{self.path}/{name}')
 
     # Who has it.
 
