@@ -968,7 +968,7 @@ class Shim:
                 return None
             if self.kill_at is not None:
                 self.kill()
-            code = self.process.wait()
+            code = self.process.poll() or 0  # it has ended: so not `wait`, which does more
         if self.pidfd >= 0:
             close(self.pidfd)
         if code >= 0:
@@ -1066,19 +1066,19 @@ class Run:
         Its record is opened once more, with a lock of its own that only the shim and the script have: it tells us
         whether something of them is left.
         """
-        with contextlib.ExitStack() as stack:
-            def opened(path: StrPath, flags: int) -> int:
-                fd = os.open(path, flags, 0o666)
-                stack.callback(close, fd)  # which cannot fail: by then it has started
-                return fd
-
-            own = opened(self.record.place.path, os.O_RDWR)
+        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        files: list[int] = []
+        try:
+            for path, flags in ((self.record.place.path, os.O_RDWR), (self.queue.out, os.O_PATH | os.O_DIRECTORY),
+                                (self.out('stdout'), append), (self.out('stderr'), append)):
+                files.append(os.open(path, flags, 0o666))
+            own, out, stdout, stderr = files
             self.record.place.asking.lock(own)
-            out = opened(self.queue.out, os.O_PATH | os.O_DIRECTORY)
-            stdout, stderr = (opened(self.out(kind), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                              for kind in ('stdout', 'stderr'))
             self.shim.start(command, out, stdout=stdout, stderr=stderr, env=environment,
                             pass_fds=(self.record.fd, own, out, *locks))
+        finally:
+            for fd in files:
+                close(fd)  # which cannot fail: by then it has started
         self.is_new = True
         self.record['pid'] = self.shim.pid
         with contextlib.suppress(OSError):  # a full disk: while we live, we know it
@@ -1259,6 +1259,10 @@ class Claims:
             who = f'{user_name(os.getuid())} (pid {pid}, {self.pool.path})'
             self.pool.place(ident).write_note(self.locks[ident], f'{what} of {who}{more}')
 
+    def left(self) -> list[Any]:
+        """Return the resources that we do not hold, in order of preference."""
+        return [ident for ident in self.pool.all_ids() if ident not in self.locks]
+
     def take_some(self, number: int, script: str = '') -> list[Any]:
         """Lock so many of the resources that are available, on as many lock files; all of them or none.
 
@@ -1273,7 +1277,7 @@ class Claims:
         keep = number > 1 and self._is_first(number)
         if not keep:
             self._give_back()
-        left = [ident for ident in self.pool.all_ids() if ident not in self.locks]
+        left = self.left()
         try:
             while len(self.kept) < number and left and (keep or len(self.kept) + len(left) >= number):
                 ident = left.pop(0)
@@ -1288,7 +1292,7 @@ class Claims:
             self._leave_several()
             return ids
         # Not for what we hold: when that is given back, we go behind all others.
-        for path in self.pool.files(ident for ident in self.pool.all_ids() if ident not in self.locks):
+        for path in self.pool.files(self.left()):
             self._line(path).join(time.monotonic_ns())
         self.sign(self.kept, f'kept for {script}', os.getpid(), f', which needs {number}')
         self.pool.reasons.update(dict.fromkeys(self.kept, f'kept for {script}, which needs {number}'))
@@ -2163,37 +2167,40 @@ class Pending:
         self._unfit: dict[Hashable, str] = {}  # why a script, as long as it is the same file, can never start
         self._changed = 0  # the time stamp of the folder when it was listed
         self._list_at = 0.0  # when it may be listed again
+        self._listed_at = 0.0
         self._held_until = 0.0  # when a script may be started again
 
     def __bool__(self) -> bool:
         """Whether something waits for a resource, or only for a moment."""
         return bool(self.names) or any(reason in PASSING for reason in self.passed.values())
 
-    def update(self, hurry: bool = False) -> None:
-        """List to_run if that is due; in a `hurry` only if nothing is left of the last list. Raises OSError.
+    def update(self) -> None:
+        """List to_run if that is due. Raises OSError.
 
         To list a long queue takes longer than to start a script of it. So a list serves for six times as long as it
-        took to make, and to the next `look_around` while the folder seems unchanged: its time stamp is too coarse to
-        tell each change.
+        took to make, and for a second while the folder seems unchanged: its time stamp is too coarse to tell each
+        change.
         """
-        if (hurry and self.names) or time.monotonic() < self._list_at:
-            return
-        if self.passed or os.stat(self.folder).st_mtime_ns != self._changed:
+        now = time.monotonic()
+        if now >= self._list_at and (self.passed or now > self._listed_at + LOOK_AROUND
+                                     or os.stat(self.folder).st_mtime_ns != self._changed):
             self.look()
 
     def look(self) -> None:
         """List to_run. Raises OSError."""
-        began = time.monotonic()
+        self._listed_at = time.monotonic()
         self._changed = os.stat(self.folder).st_mtime_ns
         self.names = names_in(self.folder)[::-1]
         self.passed.clear()
-        self._list_at = began + 7 * (time.monotonic() - began)
+        self._list_at = self._listed_at + 7 * (time.monotonic() - self._listed_at)
 
     def first(self, ending: Callable[[str], bool]) -> str | None:
-        """Return the first script that can start; pass those over that cannot, and say why.
+        """Return the first script that can start; pass those over that cannot, and say why. Raises OSError.
 
         That is also one whose last run is only `ending`.
         """
+        if not self.names:
+            self.update()
         while self.names and time.monotonic() >= self._held_until:
             name = self.names[-1]
             reason = self.condition(name) or ENDING * ending(name)
@@ -2284,9 +2291,8 @@ class Runs(dict[str, Run]):
         self._collected_at = 0.0
         self.many_hosts = os.environ.get('SLURM_STEP_NUM_NODES', '1') != '1'  # srun(1); or we see another one's run
 
-    def release(self) -> bool:
-        """Give back what those scripts of ours held that have ended; return whether that was anything."""
-        freed = False
+    def release(self) -> None:
+        """Give back what those scripts of ours held that have ended."""
         for run in self.values():
             if run.shim.kill_at is not None and time.monotonic() >= run.shim.kill_at:
                 run.shim.kill()
@@ -2294,7 +2300,6 @@ class Runs(dict[str, Run]):
             if code is None:
                 continue
             held, run.held = run.held, ()  # from here on they may be another run's
-            freed = True
             if code >= 0:
                 self.pool.unlock(*held)
                 self._cuts.pop(run.script, None)
@@ -2311,18 +2316,14 @@ class Runs(dict[str, Run]):
                 run.record.close()
                 self._cuts[run.script] = self._cuts.get(run.script, 0) + (run.shim.kill_at is None and code != NO_CHILD)
                 run.shim.status = 128 - code if self._cuts[run.script] > 1 else None
-        return freed
 
     def look_around(self) -> None:
-        """See to all runs in running/, whoever started them, and list to_run even if it seems unchanged.
-
-        Raises OSError, also where the queue is not the one it was.
+        """See to all runs in running/, whoever started them. Raises OSError, also where the queue is not what it was.
         """
         self.queue.check_is_there()
         for name in names_in(self.queue.running):
             self.setdefault(name, Run(self.queue, name))
         self.collect(others=True)
-        self.pending.look()
         self.look_at = time.monotonic() + LOOK_AROUND
 
     def collect(self, others: bool = False) -> None:
@@ -2468,13 +2469,13 @@ class Poller:
         """Do once what there is to do; return whether that was all."""
         done = False
         try:
-            freed = self.runs.release()
+            self.runs.release()
             done = bool(self.signals) and self.stop()
             if time.monotonic() >= self.runs.look_at:
                 self.runs.look_around()
                 self.gone_at = 0.0
                 self.news.forget('/queue')
-            self.start(hurry=freed)  # before what has ended is collected: no resource waits for that
+            self.start()  # before what has ended is collected: no resource waits for that
             self.runs.collect()
             self.tell_why()  # behind the lines of what started and ended
             done = done or (exit_when_empty and not self.signals and self.is_finished())
@@ -2493,17 +2494,17 @@ class Poller:
         self.news.say('/queue', f'cannot see the queue now: {explain(error)}; trying again')
         self.runs.look_at = now + LOOK_AROUND
 
-    def start(self, hurry: bool) -> None:
-        """Start what can be started, in a `hurry` because a resource just became free."""
+    def start(self) -> None:
+        """Start what can be started."""
         self.waiting = None
         while time.monotonic() < self.runs.look_at and not self.signals:
-            self.pending.update(hurry)
             name = self.pending.first(self.runs.is_ending)
             if name is None:
                 self.pool.claims.leave()
                 return
             try:
                 if not self.start_one(name):
+                    self.pending.update()  # no resource waits for that now
                     return
                 self.pending.pop()
             except Stopped:
@@ -2515,6 +2516,8 @@ class Poller:
 
     def start_one(self, name: str) -> bool:
         """Start the script `name` of to_run if what it needs is free; return whether it was."""
+        if not (self.pool.claims.left() or self.pool.claims.kept):  # scripts of ours have all that there is
+            return False
         number = self.pool.demand(f'{self.queue.to_run}/{name}')
         ids = self.pool.claims.take_some(number, name)
         for ident in ids:
@@ -2567,6 +2570,7 @@ class Poller:
         if self.runs or self.pending:
             return False
         self.runs.look_around()
+        self.pending.look()
         return self.pending.first(self.runs.is_ending) is None and not (self.runs or self.pending)
 
     def sleep(self, seconds: float) -> None:
