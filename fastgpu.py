@@ -2722,9 +2722,10 @@ what did not end well goes back to to_run; kill -9 stops no script
 exit status: 0 all ended well, 1 a script failed or was left in to_run,
 2 wrong use or no GPUs, 128+N stopped by signal N; of --run that of CMD
 example: fastgpu_poll --add <commands.txt && fastgpu_poll"""
-MODES = {'add': ['path', 'gpus'], 'run': ['gpus', 'max_used', 'per_gpu'],
-         'status': ['path', 'json', 'workers', 'max_used', 'per_gpu'],
-         'poll': ['path', 'exit', 'workers', 'wrapper', 'max_used', 'per_gpu']}  # and the options that each has
+# The options that are for some uses of the command only, and for which.
+USERS = {'path': ('add', 'status', 'poll'), 'gpus': ('add', 'run'), 'json': ('status',), 'workers': ('status', 'poll'),
+         'exit': ('poll',), 'wrapper': ('poll',), 'max_used': ('run', 'status', 'poll'),
+         'per_gpu': ('run', 'status', 'poll')}
 
 
 def positive(text: str) -> int:
@@ -2753,7 +2754,7 @@ def words(text: str) -> list[str]:
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    """Return the options in `args` (default: those of the process), and which of the MODES they ask for as `mode`.
+    """Return the options in `args` (default: those of the process), and what they ask for as `mode`: add, run, status, poll.
 
     Raises SystemExit where that is all to be done.
     """
@@ -2778,18 +2779,18 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     add('--max-used', type=amount, default=1024, metavar='MIB', help='A GPU with more MiB in use is busy (1024)')
     add('--per-gpu', type=positive, default=1, metavar='N', help='Run up to N scripts on a GPU (1)')
     options, unknown = parser.parse_known_args(args)
-    given = [mode for mode in MODES if getattr(options, mode, None) not in (None, False)]
+    given = [mode for mode in ('add', 'run', 'status') if getattr(options, mode) not in (None, False)]
     if len(given) > 1:
         parser.error(f'--{given[0]} and --{given[1]} are two things: do one after the other')
     options.mode = (*given, 'poll')[0]
-    for word in unknown[:1]:
-        parser.error(f'{word!r} is no option{what_was_meant(word, list(vars(options)))}')
-    for name in sorted(set().union(*MODES.values()) - set(MODES[options.mode])):
-        if getattr(options, name) != parser.get_default(name):
-            place = '' if options.mode == 'poll' else f' with --{options.mode}'
-            users = ' and '.join(f'--{mode}' if mode != 'poll' else 'the fastgpu_poll that runs the scripts'
-                                 for mode, names in MODES.items() if name in names)
-            parser.error(f'--{name.replace("_", "-")} does nothing{place or " here"}: it is for {users}')
+    if unknown:
+        parser.error(f'{unknown[0]!r} is no option{what_was_meant(unknown[0], list(vars(options)))}')
+    for name, modes in USERS.items():
+        if options.mode not in modes and getattr(options, name) != parser.get_default(name):
+            place = 'here' if options.mode == 'poll' else f'with --{options.mode}'
+            users = ' and '.join(f'--{mode}' for mode in modes)
+            users = users.replace('--poll', 'the fastgpu_poll that runs the scripts')
+            parser.error(f'--{name.replace("_", "-")} does nothing {place}: it is for {users}')
     first, *more = options.add or options.run or ['']
     if first.startswith('-') or options.run == []:
         parser.error(f'--{options.mode} takes a command; options stand before it')
