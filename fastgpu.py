@@ -2394,8 +2394,7 @@ class Runs(dict[str, Run]):
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
         if run.left_behind is not None:
             pids = ', '.join(map(str, run.left_behind)) or 'unknown'
-            what = f'{run.name} left something running (pid {pids}): let the script `wait` for it'
-            log(f'{self.where(run.ids)}: {what}')
+            log(f'{self.where(run.ids)}: {run.name} left something running (pid {pids}): let the script `wait` for it')
         if run.shim.process:
             self.news.tell_why(self.pool, run.ids, self.where)  # where it made a GPU rest
         self.tally.add(run, folder)
@@ -2754,9 +2753,9 @@ def words(text: str) -> list[str]:
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    """Return the options in `args` (default: those of the process), and what they ask for as `mode`: add, run, status, poll.
+    """Return the options in `args` (default: those of the process), and what they ask for as `mode`.
 
-    Raises SystemExit where that is all to be done.
+    That is one of add, run, status and poll. Raises SystemExit where that is all to be done.
     """
     parser = argparse.ArgumentParser(prog='fastgpu_poll', allow_abbrev=False, epilog=USAGE,
                                      description='Run the scripts in PATH/to_run on all GPUs, one GPU per script.',
@@ -2849,26 +2848,25 @@ def add_scripts(path: StrPath, commands: Sequence[str], gpus: int = 1) -> list[s
     head += f'export {" ".join(kept)}\n' * bool(kept)
     draft = queue.to_run / f'.job-{queue.host}-{os.getpid()}'
     # In it is the number that was given last.
-    last = os.fdopen(os.open(queue.path / '.job.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+', errors='replace')
-    try:
-        fcntl.flock(last, fcntl.LOCK_EX)  # one at a time, so that the commands of one stay together
-        numbers = re.findall('^[0-9]{1,9}', last.read(9)) + [
-            match[1] for folder in queue.folders for name in os.listdir(folder)
-            if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
-        for number, command in enumerate(commands, max(map(int, numbers), default=0) + 1):
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
-                file.write(os.fsencode(f'{head}{command}\n'))
-            os.pwrite(last.fileno(), b'%09d' % number, 0)
-            name = f'job-{number:06}-{title(command)}'.rstrip('-')
-            names.append(safe_rename(draft, queue.to_run, f'{name}.sh').name)
-    except (OSError, KeyboardInterrupt) as error:
-        why = explain(error) if isinstance(error, OSError) else 'interrupted'
-        done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
-        raise FastgpuError(f'of {count(len(commands), "command")} {done} could be added: {why}') from None
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        last.close()
+    with open(os.open(queue.path / '.job.lock', os.O_RDWR | os.O_CREAT, 0o600), 'r+', errors='replace') as last:
+        try:
+            fcntl.flock(last, fcntl.LOCK_EX)  # one at a time, so that the commands of one stay together
+            numbers = re.findall('^[0-9]{1,9}', last.read(9)) + [
+                match[1] for folder in queue.folders for name in os.listdir(folder)
+                if (match := re.match(r'job-([0-9]{1,9})[.-]', name))]
+            for number, command in enumerate(commands, max(map(int, numbers), default=0) + 1):
+                with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o755), 'wb') as file:
+                    file.write(os.fsencode(f'{head}{command}\n'))
+                os.pwrite(last.fileno(), b'%09d' % number, 0)
+                name = f'job-{number:06}-{title(command)}'.rstrip('-')
+                names.append(safe_rename(draft, queue.to_run, f'{name}.sh').name)
+        except (OSError, KeyboardInterrupt) as error:
+            why = explain(error) if isinstance(error, OSError) else 'interrupted'
+            done = f'the first {len(names)}, up to {names[-1]}' if names else 'none'
+            raise FastgpuError(f'of {count(len(commands), "command")} {done} could be added: {why}') from None
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink()
     return names
 
 
@@ -2899,7 +2897,7 @@ def main(args: list[str] | None = None) -> int:
             if not commands:
                 complain('nothing to add: no commands on standard input')
         elif options.mode == 'status':
-            seen = look_at_queue(find_pool(options, only_look=True))
+            seen = look_at_queue(find_pool(options))
             text = (json.dumps(seen, default=str, indent=1) if options.json else screen(seen)) + '\n'
         else:
             status = become(options) if options.mode == 'run' else poll(options)
@@ -2940,8 +2938,7 @@ def become(options: argparse.Namespace) -> int:
     name = options.run[0]
     if not shutil.which(name):
         is_there = '/' in name and os.path.exists(name)
-        what = f'{name} cannot be executed: chmod +x' if is_there else f'there is no command {name!r}'
-        complain(what)
+        complain(f'{name} cannot be executed: chmod +x' if is_there else f'there is no command {name!r}')
         return 126 if is_there else 127
     pool, news = ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look=True), News()
     pool.rests = False  # that is for queues
@@ -2961,14 +2958,15 @@ def become(options: argparse.Namespace) -> int:
     return 126
 
 
-def find_pool(options: argparse.Namespace, only_look: bool = False) -> ResourcePoolBase:
+def find_pool(options: argparse.Namespace) -> ResourcePoolBase:
     """Return the pool that the options ask for; for --status without GPUs, one to see what runs."""
+    only_look = options.mode == 'status'
     if options.workers:
         return FixedWorkerPool(range(options.workers), options.path, only_look)
     try:
         return ResourcePoolGPU(options.path, options.max_used, options.per_gpu, only_look)
     except NoGpus as error:
-        if options.mode == 'status':
+        if only_look:
             complain(f'no GPUs are shown: {error}')
             return FixedWorkerPool([], options.path, only_look)
         raise FastgpuError(f'{error}; --workers N runs without GPUs') from None
