@@ -2436,9 +2436,9 @@ class Poller:
         self.news = News()
         self.pending = Pending(self.queue, self.news)
         self.runs = Runs(pool, self.pending, self.signals, self.news)
-        self.waiting: tuple[str, int] | None = None  # the next script, where it cannot start, and how much it needs
+
         self.lent: list[Any] = []  # the resources that were locked when `poll_scripts` was called
-        self.stop_at: float | None = None  # when we began to stop scripts
+        self.stop_at = 0.0  # when we began to stop scripts
         self.gone_at = 0.0  # since when the queue is gone
         pool.between = self.runs.keep_up
 
@@ -2447,7 +2447,7 @@ class Poller:
         runs, pending = self.runs, self.pending
         runs.tally = Tally()
         self.pool.completed, self.pool.failed, self.pool.cancelled = runs.tally.ended.values()
-        runs.look_at, self.stop_at = 0.0, None
+        runs.look_at = self.stop_at = 0.0
         self.lent = list(self.pool.claims.locks)
         with self.queue.announced(), interrupts_for(self.signals.append):
             try:
@@ -2474,9 +2474,12 @@ class Poller:
                 self.runs.look_around()
                 self.gone_at = 0.0
                 self.news.forget('/queue')
-            self.start()  # before what has ended is collected: no resource waits for that
+            waits = self.start()  # before what has ended is collected: no resource waits for that
             self.runs.collect()
-            self.tell_why()  # behind the lines of what started and ended
+            if waits:
+                self.tell_why(*waits)  # behind the lines of what started and ended
+            if self.pending.names:
+                self.pending.update()  # no resource waits for that now
             done = done or (exit_when_empty and not self.signals and self.is_finished())
         except OSError as error:
             self.bear(error)
@@ -2493,49 +2496,44 @@ class Poller:
         self.news.say('/queue', f'cannot see the queue now: {explain(error)}; trying again')
         self.runs.look_at = now + LOOK_AROUND
 
-    def start(self) -> None:
-        """Start what can be started."""
-        self.waiting = None
+    def start(self) -> tuple[str, int] | None:
+        """Start what can be started; return the script that waits for resources, and how many it needs.
+
+        Raises OSError.
+        """
+        claims = self.pool.claims
         while time.monotonic() < self.runs.look_at and not self.signals:
             name = self.pending.first(self.runs.is_ending)
             if name is None:
-                self.pool.claims.leave()
-                return
+                claims.leave()
+                return None
+            if not (claims.left() or claims.kept):  # scripts of ours have all that there is
+                return None
             try:
-                if not self.start_one(name):
-                    self.pending.update()  # no resource waits for that now
-                    return
+                number = self.pool.demand(f'{self.queue.to_run}/{name}')
+                ids = claims.take_some(number, name)
+                if not ids:
+                    return name, number
+                for ident in ids:
+                    self.news.forget((self.pool.kind, ident))
+                self.run(name, ids)
                 self.pending.pop()
             except Stopped:
-                return
+                return None
             except FastgpuError as error:
                 self.pending.refuse(name, str(error))
             except OSError as error:
                 self.pending.hold(name, explain(error))
+        return None
 
-    def start_one(self, name: str) -> bool:
-        """Start the script `name` of to_run if what it needs is free; return whether it was."""
-        if not (self.pool.claims.left() or self.pool.claims.kept):  # scripts of ours have all that there is
-            return False
-        number = self.pool.demand(f'{self.queue.to_run}/{name}')
-        ids = self.pool.claims.take_some(number, name)
-        for ident in ids:
-            self.news.forget((self.pool.kind, ident))
-        if ids:
-            self.run(name, ids)
-        else:
-            self.waiting = name, number
-        return bool(ids)
-
-    def tell_why(self) -> None:
-        """Say what the next script waits for, if it does."""
-        if self.waiting:
-            (name, number), pool = self.waiting, self.pool
-            self.news.tell_why(pool, pool.all_ids(), self.runs.where)
-            if number > 1:
-                usable = len(pool.claims.usable())
-                what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
-                self.news.say(name, f'{name} waits for {what}, and all behind it wait too')
+    def tell_why(self, name: str, number: int) -> None:
+        """Say what the script `name`, which needs so many resources, waits for."""
+        pool = self.pool
+        self.news.tell_why(pool, pool.all_ids(), self.runs.where)
+        if number > 1:
+            usable = len(pool.claims.usable())
+            what = f'{number} {pool.kind}s at once' + f' (only {usable} can be used now)' * (usable < number)
+            self.news.say(name, f'{name} waits for {what}, and all behind it wait too')
 
     def run(self, script: StrPath, ids: Sequence[Any]) -> bool:
         """Do what `ResourcePoolBase.run` says."""
@@ -2590,17 +2588,17 @@ class Poller:
                 scripts = count(len(alive), 'script')
                 self.news.say('/stop', f'interrupted: waiting for {scripts}; Ctrl-C again stops them')
             return not alive
-        first = self.stop_at is None
-        if self.stop_at is None:
-            self.stop_at = time.monotonic()
+        now = time.monotonic()
+        if not self.stop_at:
+            self.stop_at = now
             if alive:
                 log(f'stopping {count(len(alive), "script")}: TERM now, KILL in {GRACE:.0f} s')
         for run in alive:
             if run.shim.kill_at is None and run.shim.exit_code() is None:
                 run.terminate('stopped')
-        self.runs.look_at = time.monotonic()  # at the scripts of others in each turn: they may have got TERM too
+        self.runs.look_at = now  # at the scripts of others in each turn, two at least: they may have got TERM too
         alive += [run for run in self.runs.values() if not run.shim.process and run.shim.kill_at is not None]
-        return not (first or alive) or time.monotonic() > self.stop_at + 2 * GRACE
+        return (now > self.stop_at and not alive) or now > self.stop_at + 2 * GRACE
 
     def loose(self) -> list[Any]:
         """Return the resources that we locked and that no script of ours runs on."""
