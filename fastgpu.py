@@ -1217,7 +1217,6 @@ class Claims:
     def __init__(self, pool: ResourcePoolBase) -> None:
         self.pool = pool
         self.locks: dict[Hashable, int] = {}  # the resources that we hold, and the files that hold them
-        self.asked: Any = None  # what we have the right to ask about just now, which nobody has
         self.kept: list[Any] = []  # what we hold for a script that needs more
         self._wanting = ''  # that script
         self.ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
@@ -1324,7 +1323,7 @@ class Claims:
             elif ask and now < self._free_since.setdefault(ident, now) + STEP_BACK * line.before_us(fd):
                 return False
             elif place.asking.lock(fd):
-                reasons[ident], self.asked = '', ident
+                reasons[ident] = ''
                 if ask and not self.pool.is_available(ident):
                     self.ask_at[place.path] = time.monotonic() + LOOK_AROUND
                     self._free_since.pop(ident, None)
@@ -1339,7 +1338,6 @@ class Claims:
         except OSError as error:
             reasons[ident] = f'unusable: {explain(error)}'
         finally:
-            self.asked = None
             if fd >= 0 and self.locks.get(ident) != fd:
                 close(fd)
         return ident in self.locks
@@ -1422,8 +1420,7 @@ class ResourcePoolBase:
         """
         if ident in self.claims.locks:
             return False
-        if ident != self.claims.asked:
-            self.reasons[ident] = self.place(ident).why_locked()
+        self.reasons[ident] = self.place(ident).why_locked()
         return not self.reasons[ident]
 
     def environment(self, *ids: Any) -> dict[str, str]:
