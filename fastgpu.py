@@ -1238,7 +1238,6 @@ class Claims:
         for ident in ids:
             if ident in self.locks:
                 close(self.locks.pop(ident))
-                self._free_since.pop(ident, None)
                 path = self.pool.place(ident).path
                 self._line(path).leave()  # to wait for it anew, behind all who do
                 self.ask_at.pop(path, None)  # perhaps that is all that the next script needs
@@ -1323,16 +1322,15 @@ class Claims:
             elif ask and now < self._free_since.setdefault(ident, now) + STEP_BACK * line.before_us(fd):
                 return False
             elif place.asking.lock(fd):
+                line.leave()  # it is our turn, whatever becomes of it
+                self._free_since.pop(ident, None)
                 reasons[ident] = ''
                 if ask and not self.pool.is_available(ident):
                     self.ask_at[place.path] = time.monotonic() + LOOK_AROUND
-                    self._free_since.pop(ident, None)
-                    line.leave()
                 elif place.lock(fd):
                     self.locks[ident] = fd
                     self.sign([ident], f'starts {self._wanting}' if self._wanting else 'a lock', os.getpid())
                     place.asking.unlock(fd)
-                    line.leave()
             elif ask and now > self._free_since[ident] + OVERDUE:
                 reasons[ident] = f'busy: another poller asks the driver, without an answer (fuser -v {place.path})'
         except OSError as error:
