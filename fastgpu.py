@@ -1221,9 +1221,8 @@ class Claims:
         self._wanting = ''  # that script
         self.ask_at: dict[str, float] = {}  # when to ask again, by lock file, about what nobody has and is not free
         self._free_since: dict[Hashable, float] = {}  # what is left to who has waited longer, and since when it is
-        self._lines: dict[str, Line] = {}  # in which we wait, by lock file
+        self._lines: dict[tuple[str, int], Line] = {}  # in which we wait, by lock file and base
         self._left_at: dict[str, float] = {}  # when we gave back what is in a lock file
-        self._several: list[Line] = []  # the same where we need several
 
     def unlock(self, *ids: Any) -> None:
         """Give the locks of `ids` back, also if a daemon that a script left behind still has their files open."""
@@ -1270,7 +1269,7 @@ class Claims:
         asked about once a second.
         """
         if script != self._wanting:
-            self._leave_several()
+            self.leave([SEVERAL])
             self._wanting = script
         keep = number > 1 and self._is_first(number)
         if not keep:
@@ -1287,7 +1286,7 @@ class Claims:
         if len(self.kept) == number:
             ids, self.kept = [ident for ident in self.pool.all_ids() if ident in self.kept], []
             self.pool.reasons.update(dict.fromkeys(ids, ''))
-            self._leave_several()
+            self.leave([SEVERAL])
             return ids
         # Not for what we hold: when that is given back, we go behind all others.
         for path in self.pool.files(self.left()):
@@ -1296,12 +1295,13 @@ class Claims:
         self.pool.reasons.update(dict.fromkeys(self.kept, f'kept for {script}, which needs {number}'))
         return []
 
-    def leave(self) -> None:
-        """Wait for nothing any more, and keep nothing."""
-        self._leave_several()
+    def leave(self, bases: Sequence[int] = (WAITING, SEVERAL)) -> None:
+        """Wait no longer, in the lines with these `bases`, and keep nothing."""
+        self._give_back()
         self._wanting = ''
         for line in self._lines.values():
-            line.leave()
+            if line.base in bases:
+                line.leave()
 
     def take(self, ident: Any, ask: bool = False) -> bool:
         """Lock `ident` if nobody has it; `ask` whether it is available, which one poller at a time may do.
@@ -1361,22 +1361,15 @@ class Claims:
     def _is_first(self, number: int) -> bool:
         """Wait in line with those who need several; return whether nobody has waited longer for what we could use."""
         now = time.monotonic_ns()  # the same for all: so whoever came first is first everywhere
-        if not self._several:
-            self._several = [Line(path, SEVERAL) for path in sorted(self.pool.files(self.pool.all_ids()))]
-        for line in self._several:
+        lines = [self._line(path, SEVERAL) for path in sorted(self.pool.files(self.pool.all_ids()))]
+        for line in lines:
             line.join(now)
-        joined = [line for line in self._several if line.since]
+        joined = [line for line in lines if line.since]
         return min(len(joined), len(self.usable())) >= number and not any(line.before_us(line.fd) for line in joined)
 
-    def _leave_several(self) -> None:
-        """Wait in that line no longer, and keep nothing."""
-        self._give_back()
-        for line in self._several:
-            line.leave()
-
-    def _line(self, path: str) -> Line:
-        """Return the line of those who wait at a lock file."""
-        return self._lines.setdefault(path, Line(path, WAITING))
+    def _line(self, path: str, base: int = WAITING) -> Line:
+        """Return the line of those who wait at a lock file, or with SEVERAL of those who need more than that."""
+        return self._lines.setdefault((path, base), Line(path, base))
 
 
 class ResourcePoolBase:
