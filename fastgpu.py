@@ -1226,21 +1226,19 @@ class Claims:
 
     def unlock(self, *ids: Any) -> None:
         """Give the locks of `ids` back, also if a daemon that a script left behind still has their files open."""
-        for ident in ids:
-            if ident in self.locks:
-                with contextlib.suppress(OSError):  # a file server that is away: to close it does for us
-                    self.pool.place(ident).unlock(self.locks[ident])
+        for ident in self.locks.keys() & ids:
+            with contextlib.suppress(OSError):  # a file server that is away: to close it does for us
+                self.pool.place(ident).unlock(self.locks[ident])
         self.drop(*ids)
 
     def drop(self, *ids: Any) -> None:
         """Close our files of the locks of `ids`: whoever inherited them, if anybody did, still holds them."""
-        for ident in ids:
-            if ident in self.locks:
-                close(self.locks.pop(ident))
-                path = self.pool.place(ident).path
-                self._line(path).leave()  # to wait for it anew, behind all who do
-                self.ask_at.pop(path, None)  # perhaps that is all that the next script needs
-                self._left_at[path] = time.monotonic()
+        for ident in self.locks.keys() & ids:
+            close(self.locks.pop(ident))
+            path = self.pool.place(ident).path
+            self._line(path).leave()  # to wait for it anew, behind all who do
+            self.ask_at.pop(path, None)  # perhaps that is all that the next script needs
+            self._left_at[path] = time.monotonic()
 
     def lend(self, *ids: Any) -> list[int]:
         """Return the files that hold `ids`, for a script to inherit. Raises FastgpuError if one cannot be locked."""
@@ -1275,19 +1273,17 @@ class Claims:
         if not keep:
             self._give_back()
         left = self.left()
-        try:
-            while len(self.kept) < number and left and (keep or len(self.kept) + len(left) >= number):
-                ident = left.pop(0)
-                if self.pool.place(ident).path not in self.pool.files(self.kept) and self.take(ident, ask=True):
-                    self.kept.append(ident)
-        finally:
-            if len(self.kept) < number and not keep:
-                self._give_back()
+        while len(self.kept) < number and left and (keep or len(self.kept) + len(left) >= number):
+            ident = left.pop(0)
+            if self.pool.place(ident).path not in self.pool.files(self.kept) and self.take(ident, ask=True):
+                self.kept.append(ident)
         if len(self.kept) == number:
             ids, self.kept = [ident for ident in self.pool.all_ids() if ident in self.kept], []
             self.pool.reasons.update(dict.fromkeys(ids, ''))
             self.leave([SEVERAL])
             return ids
+        if not keep:
+            self._give_back()
         # Not for what we hold: when that is given back, we go behind all others.
         for path in self.pool.files(self.left()):
             self._line(path).join(time.monotonic_ns())
