@@ -1627,12 +1627,7 @@ class Nvml:
         for index in range(number):
             try:
                 with self._asking():
-                    handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-                    gpu = Gpu(index, *self._name(handle))
-                    instances = self._instances(handle, gpu)
-                    if instances == []:
-                        gpu.error = 'is in MIG mode and has no instances (see nvidia-smi mig)'
-                    found += instances or [gpu]
+                    found += self._devices(index)
             except GpuError as error:
                 found.append(Gpu(index, error=str(error)))
         return found
@@ -1644,25 +1639,25 @@ class Nvml:
             return uuid, str(self._nvml.nvmlDeviceGetName(handle))
         return uuid, ''
 
-    def _instances(self, handle: Any, gpu: Gpu) -> list[Gpu] | None:
-        """Return the MIG instances of a GPU, as far as we may use them, None if it is not in MIG mode."""
-        nvml = self._nvml
-        try:
-            current, _ = nvml.nvmlDeviceGetMigMode(handle)
-        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):  # most cards; drivers before 450
-            return None
+    def _devices(self, index: int) -> list[Gpu]:
+        """Return a GPU, or if it is in MIG mode its instances, as far as we may use them. Raises NVMLError."""
+        nvml, found, current = self._nvml, [], 0
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        gpu = Gpu(index, *self._name(handle))
+        with contextlib.suppress(nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+            current, _ = nvml.nvmlDeviceGetMigMode(handle)  # not of most cards, nor of drivers before 450
         if current != nvml.NVML_DEVICE_MIG_ENABLE:
-            return None
-        found = []
+            return [gpu]
+        gpu.error = 'is in MIG mode and has no instances (see nvidia-smi mig)'
         for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):  # a capacity, with gaps
             with contextlib.suppress(nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument,
                                      nvml.NVMLError_NoPermission):
                 each = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
-                found.append(Gpu(gpu.index, *self._name(each), gpu.uuid))
+                found.append(Gpu(index, *self._name(each), gpu.uuid))
                 with contextlib.suppress(nvml.NVMLError):
                     ids = nvml.nvmlDeviceGetGpuInstanceId(each), nvml.nvmlDeviceGetComputeInstanceId(each)
                     found[-1].old_name = 'MIG-{}/{}/{}'.format(gpu.uuid, *ids)
-        return found
+        return found or [gpu]
 
     def usage(self, gpu: Gpu, between: Callable[[], None]) -> Usage:
         """Return what the driver says of a GPU now; calls `between` before each question. Raises GpuError."""
