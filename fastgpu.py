@@ -1567,13 +1567,6 @@ UPGRADED = 'the NVIDIA driver was upgraded: reboot, or restart fastgpu_poll once
 ACTIONS = {1: 'reset', 2: 'reboot', 4: 'drain and reset', 6: 'bus reset', 7: 'system reboot'}  # nvml.h, field 230
 
 
-def loaded_library() -> tuple[str, int]:
-    """Return the path and the inode of the driver's library as this process has loaded it (proc(5), maps), or ''."""
-    with open('/proc/self/maps') as maps:
-        found = re.search(r'(\d+) +(/.*/libnvidia-ml\.so\S*)', maps.read())
-    return (found[2], int(found[1])) if found else ('', 0)
-
-
 class Nvml:
     """The driver, by way of nvidia-ml-py. Raises ImportError without it."""
 
@@ -1585,11 +1578,17 @@ class Nvml:
             raise ImportError('the module pynvml is too old')
         self._nvml: Any = pynvml
         self._up = False
-        self._library: tuple[str, int] | None = None
+
+    @functools.cached_property  # when it has been loaded
+    def _library(self) -> tuple[str, int]:
+        """The path and the inode of the driver's library as this process has loaded it (proc(5), maps), or ''."""
+        with open('/proc/self/maps') as maps:
+            found = re.search(r'(\d+) +(/.*/libnvidia-ml\.so\S*)', maps.read())
+        return (found[2], int(found[1])) if found else ('', 0)
 
     @contextlib.contextmanager
-    def _asking(self, gpu: Gpu | None = None) -> Iterator[Any]:
-        """Ask about a GPU, by its handle, in a `with` block. Raises DriverError if the driver is gone, else GpuError.
+    def _asking(self) -> Iterator[None]:
+        """Ask about one GPU, in a `with` block. Raises DriverError if the driver is gone, else GpuError.
 
         A driver that comes back has to be initialised again, and its old handles mean nothing then: so none is kept.
         """
@@ -1598,7 +1597,7 @@ class Nvml:
             if not self._up:
                 nvml.nvmlInit()
             self._up = True
-            yield self._handle(gpu) if gpu else None
+            yield
         except nvml.NVMLError as error:
             if self._up and error.value not in (nvml.NVML_ERROR_UNINITIALIZED, nvml.NVML_ERROR_DRIVER_NOT_LOADED,
                                                 nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH):
@@ -1661,13 +1660,12 @@ class Nvml:
 
     def usage(self, gpu: Gpu, between: Callable[[], None]) -> Usage:
         """Return what the driver says of a GPU now; calls `between` before each question. Raises GpuError."""
-        self._library = self._library or loaded_library()
         path, inode = self._library
         if path and file_mark(path)[:1] != (inode,):
             raise DriverError(UPGRADED)
         nvml = self._nvml
-        with self._asking(gpu) as handle:
-            ask = functools.partial(self._ask, handle, between)
+        with self._asking():
+            ask = functools.partial(self._ask, self._handle(gpu), between)
             # The old one is for drivers before 510, where what the driver reserves counts as used.
             memory = ask(lambda handle: nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2),
                          nvml.nvmlDeviceGetMemoryInfo)
