@@ -1835,12 +1835,9 @@ def gpus_wanted(script: StrPath) -> int:
     They are those of sbatch(1): --gpus, -G, --gres=gpu and --gpus-per-node, in the comments above the first command.
     Raises FastgpuError where one of them has no number.
     """
-    wanted = {}
-    try:
-        with open(script, 'rb', 0) as file:
-            head = file.read(1 << 16).decode('utf-8', 'replace')
-    except OSError:
-        return 1
+    head, wanted = '', {}
+    with contextlib.suppress(OSError), open(script, 'rb', 0) as file:
+        head = file.read(1 << 16).decode('utf-8', 'replace')
     for line in itertools.takewhile(lambda line: line.startswith('#') or not line.strip(), head.splitlines()):
         asked = re.sub(r'\s#.*', '', line[7:]) if re.match(r'#SBATCH\s', line) else ''
         for option, value in re.findall(r'\s(--gpus-per-node|--gpus|--gres|-G)(?:[=\s]\s*|(?=\d))(\S+)', asked):
