@@ -1537,6 +1537,8 @@ class Gpu:
         self.old_name = ''  # MIG-GPU-UUID/3/0, of an instance
         self.lock = ''  # the file of its lock
         self.is_numa: bool | None = None  # whether its memory is a node of the machine's, where the driver was asked
+        self.failed: list[str] = []  # the last scripts in a row that failed at once on it
+        self.next_rest = 60.0  # how many seconds it rests after three of them
 
     def __repr__(self) -> str:
         return f'<Gpu {self.index} {self.uuid or self.error}>'
@@ -1902,8 +1904,6 @@ class ResourcePoolGPU(ResourcePoolBase):
         self.max_used, self.per_gpu = max_used, per_gpu
         self._driver_gone = False
         self._said: set[str] = set()  # what is said once
-        self._failed: dict[str, list[str]] = {}  # the last scripts in a row that failed at once, by UUID
-        self._rested: dict[str, int] = {}  # how often in a row it rested
         self._rests: dict[str, tuple[int, float]] = {}  # the lock of one that rests because of us, and until when
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
@@ -2010,16 +2010,14 @@ class ResourcePoolGPU(ResourcePoolBase):
             if left_something:
                 text = f'{name} left something running: waiting {SHOWS:.0f} s to see whether that uses it'
                 self._rest(gpu, SHOWS, text)
-            failed = self._failed[gpu.uuid] = [*self._failed.get(gpu.uuid, []), name][-3:]
+            gpu.failed = [*gpu.failed, name][-3:]
             if not failed_at_once:
-                failed.clear()
-                self._rested[gpu.uuid] = 0
-            if len(failed) == 3 and not self._why_rests(gpu):
-                seconds = min(3600, 60 << self._rested.get(gpu.uuid, 0))
-                self._rested[gpu.uuid] = min(9, self._rested.get(gpu.uuid, 0) + 1)
-                until = time.strftime('%H:%M:%S', time.localtime(time.time() + seconds))
-                text = f'rests until {until}: {", ".join(failed)} failed in a row, each within {AT_ONCE:.0f} s'
-                self._rest(gpu, seconds, f'{text} (see their .stderr in out)')
+                gpu.failed, gpu.next_rest = [], 60
+            if len(gpu.failed) == 3 and not self._why_rests(gpu):
+                until = time.strftime('%H:%M:%S', time.localtime(time.time() + gpu.next_rest))
+                text = f'rests until {until}: {", ".join(gpu.failed)} failed in a row, each within {AT_ONCE:.0f} s'
+                self._rest(gpu, gpu.next_rest, f'{text} (see their .stderr in out)')
+                gpu.next_rest = min(3600, 2 * gpu.next_rest)
                 self.reasons[ident] = self._why_rests(gpu)
 
     def _rest(self, gpu: Gpu, seconds: float, reason: str) -> None:
