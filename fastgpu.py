@@ -1902,8 +1902,7 @@ class ResourcePoolGPU(ResourcePoolBase):
             gpu.lock = os.path.join(folder, f'fastgpu-{gpu.uuid}.lock'.replace('/', '_'))
         super().__init__(path, only_look)  # not before it is clear that there are GPUs: it makes folders
         self.max_used, self.per_gpu = max_used, per_gpu
-        self._driver_gone = False
-        self._said: set[str] = set()  # what is said once
+        self._said: set[str] = set()  # what is said once, such as that the driver is `gone`, until it is back
         self._rests: dict[str, tuple[int, float]] = {}  # the lock of one that rests because of us, and until when
         # The n-th place on GPU 3 is 3 itself, then 3.1, 3.2: first one script on each, then a second.
         self._places = {f'{gpu.ident}.{n}' if n else gpu.ident: (gpu, n) for n in range(per_gpu) for gpu in gpus}
@@ -1953,21 +1952,18 @@ class ResourcePoolGPU(ResourcePoolBase):
             usage = self._driver.usage(gpu, self.between)
             self._driver_is_there()
             self.between()  # for a signal during the last question
-            self.reasons[ident] = self._why_busy(gpu, usage, is_shared=(
-                self.per_gpu > 1 and bool(Place(self.place(ident).path).why_locked())))
+            self.reasons[ident] = self._why_busy(gpu, usage)
         except DriverError as error:
-            if not self._driver_gone:
-                log(UPGRADED if str(error) == UPGRADED else
-                    f'the NVIDIA driver is gone ({error}): nothing starts until it is back')
-            self._driver_gone = True
+            self._say_once('gone', UPGRADED if str(error) == UPGRADED else
+                           f'the NVIDIA driver is gone ({error}): nothing starts until it is back')
             return False
         except GpuError as error:
             self.reasons[ident] = f'unusable: {error}'
             self._name_by_uuid()  # if it is lost, CUDA counts those that are left anew
         return not self.reasons[ident]
 
-    def _why_busy(self, gpu: Gpu, usage: Usage, is_shared: bool) -> str:
-        """Return the reason why no script can start on a GPU, or ''. `is_shared`: scripts have other places on it."""
+    def _why_busy(self, gpu: Gpu, usage: Usage) -> str:
+        """Return the reason why no script can start on a GPU on which a place is left, or ''."""
         if usage.action:
             return f'unusable: it needs a {usage.action}'
         if usage.mode == 'Prohibited':
@@ -1975,6 +1971,7 @@ class ResourcePoolGPU(ResourcePoolBase):
         processes = {**usage.graphics, **(usage.compute or {})}
         pids = [pid for pid in usage.compute or () if pid not in usage.graphics and not is_mps(pid)]
         used, total = usage.used, usage.total
+        is_shared = self.per_gpu > 1 and bool(Place(gpu.lock).why_locked())  # scripts have other places on it
         if usage.compute is None:
             if used is None:
                 return 'busy: it tells neither its memory nor its processes: --workers 1 runs one script at a time'
@@ -2049,9 +2046,9 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def _driver_is_there(self) -> None:
         """Tell it if the driver was gone, and name the GPUs by UUID if it counts them in another way now."""
-        if not self._driver_gone:
+        if 'gone' not in self._said:
             return
-        self._driver_gone = False
+        self._said.remove('gone')
         log('the NVIDIA driver is back')
         numbers = {gpu.uuid: gpu.index for gpu in self._driver.gpus()}
         if any(numbers.get(gpu.uuid) != gpu.index for gpu, _ in self._places.values()):
