@@ -1926,7 +1926,7 @@ class ResourcePoolGPU(ResourcePoolBase):
 
     def check_number(self, number: int) -> None:
         """Raise FastgpuError where there are not so many GPUs."""
-        most = len(self.files(self.all_ids())) if number > 1 else 1
+        most = len(self._places) // self.per_gpu
         if number > most:
             raise FastgpuError(f'{number} gpus are needed, and there {"are" if most > 1 else "is"} only {most}')
 
@@ -1950,7 +1950,8 @@ class ResourcePoolGPU(ResourcePoolBase):
             return False
         try:
             usage = self._driver.usage(gpu, self.between)
-            self._driver_is_there()
+            if 'gone' in self._said:
+                self._driver_is_back()
             self.between()  # for a signal during the last question
             self.reasons[ident] = self._why_busy(gpu, usage)
         except DriverError as error:
@@ -2010,7 +2011,7 @@ class ResourcePoolGPU(ResourcePoolBase):
             gpu.failed = [*gpu.failed, name][-3:]
             if not failed_at_once:
                 gpu.failed, gpu.next_rest = [], 60
-            if len(gpu.failed) == 3 and not self._why_rests(gpu):
+            elif len(gpu.failed) == 3 and not self._why_rests(gpu):
                 until = time.strftime('%H:%M:%S', time.localtime(time.time() + gpu.next_rest))
                 text = f'rests until {until}: {", ".join(gpu.failed)} failed in a row, each within {AT_ONCE:.0f} s'
                 self._rest(gpu, gpu.next_rest, f'{text} (see their .stderr in out)')
@@ -2044,10 +2045,8 @@ class ResourcePoolGPU(ResourcePoolBase):
             self._said.add(about)
             log(text)
 
-    def _driver_is_there(self) -> None:
-        """Tell it if the driver was gone, and name the GPUs by UUID if it counts them in another way now."""
-        if 'gone' not in self._said:
-            return
+    def _driver_is_back(self) -> None:
+        """Tell it, and name the GPUs by UUID if the driver counts them in another way now. Raises GpuError."""
         self._said.remove('gone')
         log('the NVIDIA driver is back')
         numbers = {gpu.uuid: gpu.index for gpu in self._driver.gpus()}
