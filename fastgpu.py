@@ -553,7 +553,10 @@ def open_quietly(path: StrPath, flags: int = os.O_RDONLY) -> int:
 
 
 def close(fd: int) -> None:
-    """Close a file, once: also where a file server answers EIO, its number is free, and soon another's, close(2)."""
+    """Close a file, once: also where a file server answers EIO, its number is free, and soon another's, close(2).
+
+    -1, which stands for none, is none to close.
+    """
     with contextlib.suppress(OSError):
         os.close(fd)
 
@@ -704,8 +707,7 @@ class Line:
         """Wait, if we do not yet, since `now`, in ns; where there can be no lock, without a place in the line."""
         with contextlib.suppress(OSError):
             if self.fd >= 0 and not Place(self.path).is_in(self.fd):  # somebody removed the file
-                close(self.fd)
-                self.fd, self.since = -1, 0
+                self.leave()
             if self.fd < 0:
                 self.fd = open_lock(self.path)
             place = Place(self.path, self.base + now // 1000, 1)
@@ -714,10 +716,8 @@ class Line:
 
     def leave(self) -> None:
         """Wait no longer."""
-        since, self.since = self.since, 0
-        if since:
-            with contextlib.suppress(OSError):
-                Place(self.path, since, 1).unlock(self.fd)
+        fd, self.fd, self.since = self.fd, -1, 0
+        close(fd)
 
     def before_us(self, fd: int) -> int:
         """Return how many wait there, in the open file `fd`, and have longer than we. Raises OSError."""
@@ -869,8 +869,7 @@ class Record(dict[str, Any]):
     def close(self) -> None:
         """Close the file, and with that give the lock on it back, if that is ours alone."""
         fd, self.fd = self.fd, -1
-        if fd >= 0:
-            close(fd)
+        close(fd)
 
     def save(self) -> None:
         """Write it to the open file, in one write. Raises OSError."""
@@ -969,8 +968,7 @@ class Shim:
             if self.kill_at is not None:
                 self.kill()
             code = self.process.poll() or 0  # it has ended: so not `wait`, which does more
-        if self.pidfd >= 0:
-            close(self.pidfd)
+        close(self.pidfd)
         if code >= 0:
             self.status, self.ended_at = code, time.monotonic()
         else:
@@ -1332,7 +1330,7 @@ class Claims:
         except OSError as error:
             reasons[ident] = f'unusable: {explain(error)}'
         finally:
-            if fd >= 0 and self.locks.get(ident) != fd:
+            if self.locks.get(ident) != fd:
                 close(fd)
         return ident in self.locks
 
