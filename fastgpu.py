@@ -510,7 +510,7 @@ class Queue:
     def pollers(self) -> list[int]:
         """Return the pids of the pollers of this host that are alive."""
         with contextlib.suppress(OSError), open(open_quietly(self.alive), 'rb', 0) as file:
-            return Place(self.alive, 0, 1 << 22).all_locked(file.fileno())  # as many as there can be, proc(5)
+            return Place(self.alive, 0, 1 << 22).locked(file.fileno())  # as many as there can be, proc(5)
         return []
 
     def claim(self, script: str, kind: str, ids: Sequence[Any]) -> Run:
@@ -633,23 +633,20 @@ class Place(NamedTuple):
         self._call(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK)
 
     def locked(self, fd: int) -> list[int]:
-        """Return where a lock begins that others have on it or a part of it, and where it ends, [] where there is none.
+        """Return where each lock begins that others have on it or a part of it, in order.
 
         Takes nothing. Raises OSError.
         """
-        kind, _, first, number, _ = struct.unpack(FLOCK, self._call(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK))
-        end = self.first + self.number
-        return [] if kind == fcntl.F_UNLCK else [max(first, self.first), min(first + number, end) if number else end]
-
-    def all_locked(self, fd: int) -> list[int]:
-        """Return where each lock begins that others have on a part of it. Raises OSError."""
         found, parts = [], [(self.first, self.first + self.number)]
         while parts:
             first, end = parts.pop()
-            lock = Place(self.path, first, end - first).locked(fd) if first < end else []
-            if lock:  # it is one of them, and not always the first
-                found.append(lock[0])
-                parts += [(first, lock[0]), (lock[1], end)]
+            if first >= end:
+                continue
+            lock = Place(self.path, first, end - first)._call(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK)
+            kind, _, start, number, _ = struct.unpack(FLOCK, lock)
+            if kind != fcntl.F_UNLCK:  # it is one of them, and not always the first
+                found.append(max(first, start))
+                parts += [(first, start), (start + number if number else end, end)]
         return sorted(found)
 
     def holder(self, fd: int) -> str:
@@ -722,7 +719,7 @@ class Line:
     def before_us(self, fd: int) -> int:
         """Return how many wait there, in the open file `fd`, and have longer than we. Raises OSError."""
         ours = self.since or self.base + time.monotonic_ns() // 1000
-        return len(Place(self.path, self.base, ours - self.base).all_locked(fd))
+        return len(Place(self.path, self.base, ours - self.base).locked(fd))
 
 
 # --- Runs: a script, from its claim until it is collected -----------------------------------------------------------
