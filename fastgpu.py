@@ -1012,9 +1012,7 @@ class Run:
         self.held: Sequence[Any] = ()  # the resources that we hold for it
         self.shim = Shim(self.out('exitcode'))
         self.is_new = False  # whether we started it, and did not log that yet
-        self.left_behind: list[int] | None = None  # the pids of what it left running, if we saw any
         self.code: int | None = None  # its exit status, when its `state` was asked for last
-        self.finished = 0.0  # when it ended, once it is settled
 
     def __repr__(self) -> str:
         return f'<Run {self.path} of {self.script}, pid {self.record.get("pid")}, holds {self.held}>'
@@ -1153,8 +1151,9 @@ class Run:
 
     def seconds(self, since: float = 0) -> float:
         """Return how long it ran, counted from the time `since` at the earliest. To be asked when it is settled."""
-        started: float = self.record.get('started', self.finished)
-        return max(0.0, self.finished - max(since, started))
+        finished: float = self.record.get('finished', 0.0)
+        started: float = self.record.get('started', finished)
+        return max(0.0, finished - max(since, started))
 
     def settle(self) -> tuple[str, str]:
         """Move it, if it has ended and its record is ours, to complete, fail or to_run, by its exit `code`.
@@ -1172,7 +1171,6 @@ class Run:
         if 'finished' not in record:  # by the clock of this host, as when it started
             record.update(finished=round(time.time() - self.age(), 3), exitcode=self.code)
             record.save()
-        self.finished = record['finished']
         folder, how = self.verdict()
         how = f'({how}, {duration(self.seconds())})'
         if not os.path.lexists(self.path):  # cancelled by a person, or collected by another poller
@@ -2267,9 +2265,9 @@ class Runs(dict[str, Run]):
                 self.pool.unlock(*held)
                 self._cuts.pop(run.script, None)
                 if run.record.place.asking.locked(run.record.fd):
-                    run.record['left_behind'] = run.left_behind = pids_with(run.record.place.path)
+                    run.record['left_behind'] = pids_with(run.record.place.path)
                 at_once = time.time() - run.record['started'] < AT_ONCE and run.shim.kill_at is None
-                self.pool.note_end(held, run.name, at_once and code != 0, run.left_behind is not None)
+                self.pool.note_end(held, run.name, at_once and code != 0, 'left_behind' in run.record)
             else:
                 # When its locks end is for the kernel, and from here on it is a run that we found. One that kills its
                 # own group each time would go round for ever: the second time counts as its end.
@@ -2355,8 +2353,8 @@ class Runs(dict[str, Run]):
             self.pending.hold(run.script, NO_PROCESS)
         if text:
             log(f'{self.where(run.ids)}: {text}', alarm=folder == 'fail')
-        if run.left_behind is not None:
-            pids = ', '.join(map(str, run.left_behind)) or 'unknown'
+        if run.shim.process and 'left_behind' in run.record:
+            pids = ', '.join(map(str, run.record['left_behind'])) or 'unknown'
             log(f'{self.where(run.ids)}: {run.name} left something running (pid {pids}): let the script `wait` for it')
         if run.shim.process:
             self.news.tell_why(self.pool, run.ids, self.where)  # where it made a GPU rest
