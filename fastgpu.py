@@ -983,11 +983,6 @@ class Shim:
                 os.killpg(group, signum)
         return bool(groups)
 
-    def terminate(self) -> None:
-        """Send its session TERM; it is to have KILL after the grace period."""
-        self.kill_at = time.monotonic() + GRACE
-        self.signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """Send its session KILL, and wait for its end: what it held is not for the next script before that."""
         deadline = time.monotonic() + 0.5
@@ -1073,9 +1068,7 @@ class Run:
             for fd in files:
                 close(fd)  # which cannot fail: by then it has started
         self.is_new = True
-        self.record['pid'] = self.shim.pid
-        with contextlib.suppress(OSError):  # a full disk: while we live, we know it
-            self.record.save()
+        self.mark('pid', self.shim.pid)
 
     # Its end.
 
@@ -1128,16 +1121,17 @@ class Run:
             return isinstance(error, FileNotFoundError) and os.path.isdir(self.queue.running)
         return False
 
-    def mark(self, word: str) -> None:
-        """Set a word in its record for who settles it: that it was `stopped`, or `cancelled`, or lost its shim."""
-        self.record[word] = True
-        with contextlib.suppress(OSError):
+    def mark(self, word: str, value: Any = True) -> None:
+        """Set a word in its record for who settles it: its `pid`, or that it was `stopped`, say, or lost its shim."""
+        self.record[word] = value
+        with contextlib.suppress(OSError):  # a full disk: while we live, we know it
             self.record.save()
 
     def terminate(self, why: str) -> None:
         """End it by TERM, and KILL after the grace period; its record says `why`."""
         self.mark(why)  # first: whoever settles it then knows
-        self.shim.terminate()
+        self.shim.kill_at = time.monotonic() + GRACE
+        self.shim.signal(signal.SIGTERM)
 
     def was_started(self) -> bool:
         """Return whether its script was, by what it wrote where its poller died before it wrote a pid to the record."""
