@@ -123,7 +123,6 @@ class Log:
     def __init__(self) -> None:
         self._bottom = ''
         self._lost = 0
-        self._fd = -1  # stderr, opened once more
 
     def __call__(self, text: str, alarm: bool = False) -> None:
         """Write `text`, escaped, and the time, to a file with the date; to a terminal an `alarm` in red."""
@@ -139,8 +138,7 @@ class Log:
         """Make `text` the line below the others, where there is a terminal to keep it there."""
         if self._bottom != text:
             self._bottom = text
-            if self._terminal():
-                self._write('')
+            self._write('')
 
     def _terminal(self) -> bool:
         """Return whether stderr is a terminal that can erase a line."""
@@ -158,24 +156,23 @@ class Log:
                 return not write(sys.stderr, lines)
             # Not by way of its buffer: what that could not write would be tried again when Python ends, and fail.
             data = lines.encode(errors='backslashreplace')
-            return os.write(self._open(sys.__stderr__.fileno()), data) == len(data)
+            return os.write(opened_anew(sys.__stderr__.fileno()), data) == len(data)
         return False
-
-    def _open(self, fd: int) -> int:
-        """Return the open file `fd`, or a pipe or terminal that it is, opened anew: so that to write there never waits.
-
-        That is a property of the open file, which we share with whoever started us.
-        """
-        if self._fd < 0:
-            self._fd = fd
-            with contextlib.suppress(OSError):  # a terminal of another user, as after su(1), or a socket
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY
-                    self._fd = os.open(f'/proc/self/fd/{fd}', flags)
-        return self._fd
 
 
 log = Log()
+
+
+@functools.cache  # opened once
+def opened_anew(fd: int) -> int:
+    """Return the open file `fd`, or a pipe or terminal that it is, opened anew: so that to write there never waits.
+
+    That is a property of the open file, which we share with whoever started us.
+    """
+    with contextlib.suppress(OSError):  # a terminal of another user, as after su(1), or a socket
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return os.open(f'/proc/self/fd/{fd}', os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY)
+    return fd
 
 
 def shown(text: object) -> str:
