@@ -496,7 +496,6 @@ class Queue:
             except OSError as error:
                 raise FastgpuError(f'{self.path}: no locks there ({error.strerror}): a queue needs Linux 3.15 or '
                                    'newer, and a file system that has locks') from None
-            stack.callback(self._seen.clear)
             for folder in (self.path, self.to_run, self.running):
                 # Kept open, because sshfs numbers anew, when its server was away, what nobody has open.
                 fd = os.open(folder, os.O_PATH)
