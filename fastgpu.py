@@ -277,7 +277,7 @@ def check_safe(path: Path, folders: list[Path]) -> None:
     Looks at what is there of it and its `folders`. Logs a warning where they could put another queue in its place.
     """
     me, unsafe = os.geteuid(), []
-    for folder in (path, *filter(os.path.isdir, folders)):
+    for folder in filter(os.path.isdir, (path, *folders)):
         status = folder.stat()
         if status.st_uid != me and not (folder == path and status.st_uid == 0):
             owner, mend = user_name(status.st_uid), f'chown -R {user_name(me)} {shlex.quote(str(path))}'
@@ -451,8 +451,7 @@ class Queue:
         self._seen: dict[Path, os.stat_result] = {}  # which folders these were when we began to poll
         self.is_new = not os.path.isdir(self.to_run)
         if not only_look:
-            if self.path.is_dir():
-                check_safe(self.path, self.folders)
+            check_safe(self.path, self.folders)
             setup_dirs(self.path)
             check_usable(self.folders)
 
