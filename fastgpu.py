@@ -138,7 +138,8 @@ class Log:
         """Make `text` the line below the others, where there is a terminal to keep it there."""
         if self._bottom != text:
             self._bottom = text
-            self._write('')
+            if self._terminal():
+                self._write('')
 
     def _terminal(self) -> bool:
         """Return whether stderr is a terminal that can erase a line."""
