@@ -1133,11 +1133,10 @@ class Run:
         """Return whether its script was, by what it wrote where its poller died before it wrote a pid to the record."""
         if self.shim.status == NOT_STARTED and last_line(self.out('stderr')) == NO_PROCESS:
             return False
-        if 'pid' in self.record or os.path.lexists(self.out('exitcode')):
-            return True
-        if self.record.get('boot') != self.queue.here['boot']:  # its pid may not have reached the file server
-            return True
-        return any(os.path.exists(file) and os.stat(file).st_size for file in (self.out('stdout'), self.out('stderr')))
+        return ('pid' in self.record or os.path.lexists(self.out('exitcode'))
+                or self.record.get('boot') != self.queue.here['boot']  # its pid may not have reached the file server
+                or any(os.path.exists(file) and os.stat(file).st_size > 0
+                       for file in (self.out('stdout'), self.out('stderr'))))
 
     def seconds(self, since: float = 0) -> float:
         """Return how long it ran, counted from the time `since` at the earliest. To be asked when it is settled."""
@@ -1934,12 +1933,14 @@ class ResourcePoolGPU(ResourcePoolBase):
         try:
             usage = self._driver.usage(gpu, self.between)
             if 'gone' in self._said:
-                self._driver_is_back()
+                self._said.remove('gone')
+                log('the NVIDIA driver is back')
             self.between()  # for a signal during the last question
             self.reasons[ident] = self._why_busy(gpu, usage)
         except DriverError as error:
             self._say_once('gone', UPGRADED if str(error) == UPGRADED else
                            f'the NVIDIA driver is gone ({error}): nothing starts until it is back')
+            self._name_by_uuid()  # it may count them in another way then
             return False
         except GpuError as error:
             self.reasons[ident] = f'unusable: {error}'
@@ -2028,13 +2029,6 @@ class ResourcePoolGPU(ResourcePoolBase):
             self._said.add(about)
             log(text)
 
-    def _driver_is_back(self) -> None:
-        """Tell it, and name the GPUs by UUID if the driver counts them in another way now. Raises GpuError."""
-        self._said.remove('gone')
-        log('the NVIDIA driver is back')
-        numbers = {gpu.uuid: gpu.index for gpu in self._driver.gpus()}
-        if any(numbers.get(gpu.uuid) != gpu.index for gpu, _ in self._places.values()):
-            self._name_by_uuid()
 
     def _name_by_uuid(self) -> None:
         """Let scripts get the UUIDs of GPUs from now on, where numbers could mislead CUDA."""
