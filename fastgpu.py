@@ -960,7 +960,7 @@ class Shim:
                 return None
             if self.kill_at is not None:
                 self.kill()
-            code = self.process.poll() or 0  # it has ended: so not `wait`, which does more
+            code = self.process.wait()
         close(self.pidfd)
         if code >= 0:
             self.status, self.ended_at = code, time.monotonic()
@@ -2381,7 +2381,6 @@ class Poller:
         self.news = News()
         self.pending = Pending(self.queue, self.news)
         self.runs = Runs(pool, self.pending, self.signals, self.news)
-
         self.lent: list[Any] = []  # the resources that were locked when `poll_scripts` was called
         self.stop_at = 0.0  # when we began to stop scripts
         self.gone_at = 0.0  # since when the queue is gone

@@ -1034,6 +1034,20 @@ def test_scripts_run_in_sorted_order_each_with_a_session_of_its_own(queue):
     assert folder == '/'
 
 
+def test_one_that_sorts_first_starts_first_though_it_came_when_all_were_listed(queue):
+    for name in 'b1', 'b2', 'b3':
+        queue.add(name, queue.gate())
+    poller = queue.start('--workers', '1')
+    until(lambda: queue.names('running') == ['b1'])
+    queue.add('a')
+    queue.add('A', mode=0o644)  # is told when to_run is listed anew
+    until(lambda: 'A waits for its chmod +x' in poller.log())
+    queue.open_gate()
+    assert poller.wait(30) == 1
+    started = {name: queue.record(name)['started'] for name in queue.names('complete')}
+    assert sorted(started, key=started.get) == ['b1', 'a', 'b2', 'b3']
+
+
 def test_slots_are_used_at_once_and_reused(queue):
     for name in 'abcd':
         queue.add(name, f'echo $FASTGPU_ID; touch {queue.q}/{name}; ' + queue.gate())
@@ -2884,6 +2898,20 @@ def test_what_is_kept_is_free_when_nobody_needs_it_any_more(gpus, queues, end):
         poller.send_signal(signal.SIGTERM if end == 'stopped' else signal.SIGKILL)
     assert late.wait(60) == 0
     holder.open_gate()
+
+
+def test_a_script_of_the_same_queue_that_sorts_first_gets_what_was_kept_for_another(gpus, queue):
+    gpus.have(2)
+    queue.add('a.sh', queue.gate())
+    poller = queue.start('--exit', '1')
+    queue.pid('a.sh')
+    queue.add('big.sh', '#SBATCH --gpus=2\n')
+    until(lambda: 'gpu 1 kept for big.sh, which needs 2\n' in poller.log())
+    queue.add('b.sh')
+    until(lambda: queue.names('complete') == ['b.sh'])
+    queue.open_gate()
+    assert poller.wait(30) == 0
+    assert queue.record('big.sh')['ids'] == [0, 1]
 
 
 def test_what_cannot_be_met_now_keeps_nothing(gpus, queues):
