@@ -2181,6 +2181,15 @@ def test_a_record_with_a_name_that_no_file_can_have_goes_to_fail_and_is_named(qu
     assert 'fail a.sh (cut off, and its record has a name that no file can have' in log
 
 
+def test_words_of_a_record_that_somebody_edited_do_no_harm(queue):
+    queue.add('a.sh').rename(queue.path / 'running' / 'a.sh')
+    record = {'script': 'a.sh', **fastgpu.this_host(), 'ids': [0], 'started': 1.0, 'kind': 7, 'left_behind': 5}
+    (queue.path / 'out' / 'a.sh.json').write_text(json.dumps(record))
+    (queue.path / 'out' / 'a.sh.exitcode').write_text('0')
+    assert queue.poll()[0] == 0
+    assert queue.all() == {'a.sh': 'complete'}
+
+
 def test_a_poller_in_a_script_of_its_own_queue_is_refused(queue):
     command = shlex.join([*COMMAND, '--workers', '2', '--path', str(queue.path)])
     queue.add('a.sh', command)
