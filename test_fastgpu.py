@@ -3966,6 +3966,7 @@ def test_a_poller_killed_while_it_stops_requeues_all_the_same(queue):
     until(lambda: queue.has_out('a.sh.exitcode'))
     poller = queue.start('--workers', '1')
     until(lambda: 'requeue a.sh (status 1' in poller.log())
+    until(lambda: queue.has_out('a-1.sh.stdout'))  # what is about to start would be overlooked when the test cleans up
 
 
 def test_what_cannot_be_collected_does_not_keep_the_poller_from_being_stopped(queue):
